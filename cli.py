@@ -1,0 +1,63 @@
+"""How every script reads its flags and reports a user's mistake."""
+
+import contextlib
+import errno
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+# What the machine refuses, as against what the code does wrong: worth a line, not a traceback.
+ENVIRONMENT_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class UserError(Exception):
+    """A mistake in a flag or an input file. Its text names the flag or file, what is wrong, what to do."""
+
+
+def parse(
+    settings: type[T], description: str, default: T | None = None, args: Sequence[str] | None = None
+) -> T:
+    """Fill the dataclass `settings` from the command line (`args` instead of sys.argv, if given).
+
+    A field's docstring is its help; `default` holds the values of fields that are not on the command line.
+    Raises UserError on a flag that does not parse.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            kwargs = {} if default is None else {"default": default}
+            return tyro.cli(settings, description=description, args=args, **kwargs)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+    # tyro draws its message as a box of several lines: the part above the rule is the message itself.
+    lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]
+    message = []
+    for line in lines:
+        if line.startswith("─"):
+            break
+        message.append(line)
+    raise UserError(f"{' '.join(message).removesuffix('.')}: see --help")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call a script's `main` and leave with its exit status; a UserError is one line and status 2."""
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in ENVIRONMENT_ERRORS:
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            # Under torchrun every rank meets the same mistake. Rank 0 speaks for all, and the launcher
+            # ends the others meanwhile; a mistake that only this rank met is still said, a moment later.
+            time.sleep(2)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,119 @@
+"""The run's record: metrics.jsonl, written line by line, read back.
+
+    {"step": 12, "kind": "train", "loss": 4.1, "lr": 6e-4, …}
+
+`step` counts finished updates. Kinds: train, val, hellaswag, event.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cli import UserError
+
+Record = dict[str, object]
+Sink = Callable[[Record], None]
+
+
+class Metrics:
+    """Appends records to a file; each is on its way to the disk, whole, when `log` returns."""
+
+    def __init__(self, path: Path, keep_until: int | None = None, sinks: Sequence[Sink] = ()) -> None:
+        """Open `path` for appending, after dropping the records of steps beyond `keep_until` (None: of all).
+
+        A run that was killed has recorded steps that its checkpoint does not hold, perhaps with a broken
+        last line; it will take those steps again. Each new record goes to the `sinks` too.
+        """
+        kept = [] if keep_until is None else [r for r in read(path) if r["step"] <= keep_until]
+        write_atomically(path, "".join(_line(record) for record in kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open as long as the run
+        self.sinks = sinks
+
+    def log(self, step: int, kind: str, **values: object) -> None:
+        """Append one record. A value that is not a finite number is written as null."""
+        record = {"step": step, "kind": kind, **values}
+        self.file.write(_line(record))
+        self.file.flush()
+        for sink in self.sinks:
+            sink(record)
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk itself."""
+        os.fsync(self.file.fileno())
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a metrics file, oldest first; none where there is no file.
+
+    A last line without its newline is what a kill leaves: it is passed over. Raises UserError on others
+    that are no records.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(text.split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            if not (isinstance(record["step"], int) and isinstance(record["kind"], str)):
+                raise ValueError("step and kind")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not a record of a run: remove the line") from error
+        records.append(record)
+    return records
+
+
+def _line(record: Record) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
+
+
+def tensorboard_sink(folder: Path) -> Sink:
+    """Scalars for TensorBoard, in `folder`. Raises UserError where its package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard: its package is missing: pip install tensorboard") from error
+    writer = SummaryWriter(str(folder))
+
+    def write(record: Record) -> None:
+        for name, value in _numbers(record).items():
+            writer.add_scalar(name, value, record["step"])
+
+    return write
+
+
+def wandb_sink(config: dict[str, object], folder: Path) -> Sink:
+    """Scalars for Weights & Biases. Raises UserError where its package is missing."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb: its package is missing: pip install wandb") from error
+    run = wandb.init(project="gpt2-124m", config=config, dir=str(folder), resume="allow")
+
+    def write(record: Record) -> None:
+        run.log({"step": record["step"], **_numbers(record)})
+
+    return write
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    """The numeric values of a record, named `kind/key`."""
+    return {
+        f"{record['kind']}/{key}": value
+        for key, value in record.items()
+        if key != "step" and isinstance(value, int | float)
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file's contents at once: a reader, or a crash, meets the old or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

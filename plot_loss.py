@@ -1,0 +1,184 @@
+"""Figures of one run or several.
+
+    python plot_loss.py                          # log/loss_curves.png
+    python plot_loss.py log log2 --out both.png  # compared in one figure
+
+A run is a run folder, its metrics.jsonl, or a plain log of older trainers: lines of `STEP train LOSS`,
+`STEP val LOSS`, `STEP hella ACC`.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+import cli
+import metrics
+from cli import UserError
+
+PLAIN_LINE = re.compile(r"(\d+)\s+(train|val|hella)\s+(\S+)")
+
+
+@dataclass
+class Settings:
+    runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=lambda: [Path("log")])
+    """Run folders, metrics.jsonl files or plain logs."""
+    out: Path | None = None
+    """The figure's file (.png, .pdf, .svg). Left out: loss_curves.png beside the first run."""
+    log_x: bool = False
+    """Steps on a logarithmic scale."""
+    smooth: int = 0
+    """Steps that the smoothed training loss averages over. 0: a fiftieth of the run; 1: no smoothing."""
+
+
+def plot_run(run: Path) -> Path:
+    """Draw loss_curves.png into a run folder; returns its path."""
+    return plot([run], run / "loss_curves.png")
+
+
+def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> Path:
+    """Draw loss, HellaSwag, learning rate and throughput of the runs into one figure.
+
+    A run of a single evaluation (--max-steps 0) is a baseline: a horizontal line. Raises UserError on runs
+    that cannot be read or hold nothing to draw.
+    """
+    from matplotlib.figure import Figure  # heavy, and the training script imports this file
+    from matplotlib.ticker import StrMethodFormatter
+
+    series = {label: read_run(path) for label, path in zip(_labels(runs), runs, strict=True)}
+    panels = [("loss", "loss (nats per token)")]
+    panels += [("hellaswag", "HellaSwag accuracy")] if any("hellaswag" in s for s in series.values()) else []
+    panels += [("lr", "learning rate")] if any("lr" in s for s in series.values()) else []
+    panels += [("tokens_per_sec", "tokens/s")] if any("tokens_per_sec" in s for s in series.values()) else []
+
+    heights = [3.2] + [1.0] * (len(panels) - 1)
+    figure = Figure(figsize=(12, 2.1 * sum(heights)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for number, (label, values) in enumerate(series.items()):
+        color = f"C{number % 10}"
+        name = f"{label}: " if len(series) > 1 else ""
+        for axis, (kind, _) in zip(axes, panels, strict=True):
+            if kind == "loss":
+                _draw_losses(axis, values, name, color, smooth)
+            elif kind in values:
+                steps, points = values[kind]
+                if len(steps) == 1:
+                    axis.axhline(points[0], color=color, linestyle=":", label=name.removesuffix(": "))
+                else:
+                    style = "o-" if kind == "hellaswag" else "-"
+                    axis.plot(steps, points, style, color=color, markersize=3, linewidth=1)
+    for axis, (kind, title) in zip(axes, panels, strict=True):
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if log_x:
+            axis.set_xscale("symlog", linthresh=1)
+        if kind == "tokens_per_sec":
+            axis.set_ylim(bottom=0)
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes[0].legend(frameon=False)
+    axes[-1].set_xlabel("step")
+    axes[-1].set_xlim(left=0)
+    axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(out)
+    except ValueError as error:
+        raise UserError(f"--out {out}: {error}".splitlines()[0]) from error
+    return out
+
+
+def _draw_losses(axis: object, values: dict, name: str, color: str, smooth: int) -> None:
+    if "train" in values:
+        steps, losses = values["train"]
+        window = smooth or max(1, len(losses) // 50)
+        axis.plot(steps, losses, color=color, alpha=0.25 if window > 1 else 0.8, linewidth=0.8)
+        label = f"{name}training" + (f", mean of {window} steps" if window > 1 else "")
+        axis.plot(steps, _moving_average(losses, window), color=color, linewidth=1.5, label=label)
+    if "val" in values:
+        steps, losses = values["val"]
+        label = f"{name}validation, last {losses[-1]:.4f}"
+        if len(steps) == 1:
+            axis.axhline(losses[0], color=color, linestyle=":", label=label)
+        else:
+            axis.plot(steps, losses, "o--", color="black" if not name else color, markersize=4, label=label)
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last `window` values, over fewer where there are not so many yet; NaN left out."""
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.where(known, values, 0.0).cumsum()])
+    counts = np.concatenate([[0], known.cumsum()])
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(0, end - window)
+    with np.errstate(invalid="ignore"):
+        return (sums[end] - sums[begin]) / (counts[end] - counts[begin])
+
+
+def read_run(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The curves of a run: name -> (steps, values), for those of train, val, hellaswag, lr, tokens_per_sec.
+
+    Raises UserError where there is nothing to read, or nothing to draw.
+    """
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path}: no run there: name a run folder, a metrics.jsonl or a plain log")
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name, step, value in _records(file) if file.suffix == ".jsonl" else _plain_lines(file):
+        points.setdefault(name, []).append((step, np.nan if value is None else float(value)))
+    if not points:
+        raise UserError(f"{file}: holds no losses to draw yet")
+    return {
+        name: tuple(np.array(column) for column in zip(*sorted(p), strict=True)) for name, p in points.items()
+    }
+
+
+def _records(file: Path) -> list[tuple[str, int, object]]:
+    columns = {
+        "train": {"loss": "train", "lr": "lr", "tokens_per_sec": "tokens_per_sec"},
+        "val": {"loss": "val"},
+        "hellaswag": {"acc_norm": "hellaswag"},
+    }
+    return [
+        (name, record["step"], record[key])
+        for record in metrics.read(file)
+        for key, name in columns.get(record["kind"], {}).items()
+        if key in record
+    ]
+
+
+def _plain_lines(file: Path) -> list[tuple[str, int, object]]:
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        match = PLAIN_LINE.match(line.strip())
+        try:
+            step, kind, value = int(match[1]), match[2], float(match[3])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{file}: line {number} is not `STEP train|val|hella VALUE`") from error
+        found.append(("hellaswag" if kind == "hella" else kind, step, value))
+    return found
+
+
+def _labels(runs: list[Path]) -> list[str]:
+    """A short name for each run: its own, or the whole path where names repeat."""
+    names = [
+        run.parent.name if run.name == "metrics.jsonl" else run.stem if run.is_file() else run.name
+        for run in runs
+    ]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def main() -> None:
+    settings = cli.parse(Settings, "Draw the loss curves of one run or several.")
+    first = settings.runs[0]
+    out = settings.out or (first if first.is_dir() else first.parent) / "loss_curves.png"
+    print(plot(settings.runs, out, settings.log_x, settings.smooth))
+
+
+if __name__ == "__main__":
+    cli.run(main)

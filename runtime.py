@@ -1,0 +1,305 @@
+"""Device, precision and process group: what differs between a laptop and eight GPUs."""
+
+import contextlib
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cli import UserError
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+# Peak rate of dense 16-bit matrix products, in TFLOP/s, from NVIDIA's data sheets (without sparsity).
+# The first name that is part of the device's own name counts.
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A10G": 70,
+    "A10": 125,
+    "A40": 150,
+    "A6000": 155,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "V100": 125,
+    "T4": 65,
+    "RTX 4090": 165,
+    "RTX 4080": 97,
+    "RTX 3090": 71,
+    "RTX 3080": 60,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs: one of `world_size` alike, on a device of its own."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; parameters and the optimizer stay fp32
+    rank: int = 0
+    local_rank: int = 0  # number on this machine
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which the model runs: 16-bit matrix products, or nothing for fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "SUM") -> torch.Tensor:
+        """Sum (or "MIN", "MAX") over all processes, in place; the tensor itself where there is only one."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.all_reduce(torch.zeros((), device=self.device))
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait for the device to finish what was given to it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def first_on_node(self, work: Callable[[], None]) -> None:
+        """Do `work` on one process a machine while its others wait; then on those, who find it done."""
+        if self.local_rank == 0:
+            work()
+        self.barrier()
+        if self.local_rank != 0:
+            work()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def start(device: str, dtype: Dtype) -> Runtime:
+    """Choose device and precision, and join the other processes if torchrun started this one.
+
+    device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
+    Raises UserError for a device or precision that this machine does not have.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _pick_device(device, local_rank, world_size)
+    runtime = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        # What autocast leaves in fp32 goes through TF32 units; on a CPU this setting is left alone.
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1:
+        # Rank 0 may fetch data or write samples while the others wait, which takes longer than most steps.
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            timeout=timedelta(hours=2),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    return runtime
+
+
+def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available() and world_size == 1:
+            device = "mps"
+        else:
+            device = "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: not a device: use auto, cpu, cuda, cuda:N or mps") from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"--device {device}: torch {torch.__version__} finds no CUDA device: use --device cpu"
+            )
+        index = local_rank if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, no number {index}: "
+                "lower --nproc_per_node"
+            )
+        return torch.device("cuda", index)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available on this machine: use --device cpu")
+    if chosen.type not in ("cpu", "mps"):
+        raise UserError(f"--device {device}: not supported: use auto, cpu, cuda, cuda:N or mps")
+    if chosen.type == "mps" and world_size > 1:
+        raise UserError("--device mps: one process only: leave torchrun out, or use --device cpu")
+    return chosen
+
+
+def pick_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
+    """The precision of matrix products: what was asked for, or for "auto" the best the device is fast at.
+
+    CUDA: bf16 from Ampere on, fp16 before. MPS: fp32. CPU: fp32, unless it has bf16 units; without them
+    bf16 works, but hundreds of times slower, so the decision is taken from the CPU's feature flags.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and cpu_flags() & {"amx_bf16", "avx512_bf16"}:
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> set[str]:
+    """The CPU's feature flags as Linux lists them; empty where there is no such list."""
+    try:
+        with open(cpuinfo) as file:
+            for line in file:
+                if line.startswith("flags"):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+def hardware(runtime: Runtime) -> dict[str, object]:
+    """What the run's record says of the machine."""
+    if runtime.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(runtime.device)
+        name, memory = properties.name, properties.total_memory
+    else:
+        name, memory = _cpu_name(), _ram_bytes()
+    return {
+        "device": runtime.device.type,
+        "name": name,
+        "memory_gb": round(memory / 1e9, 1) if memory else None,
+        "processes": runtime.world_size,
+        "cpu_threads": torch.get_num_threads(),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _ram_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The device's peak rate of matrix products in FLOP/s: what 100 % MFU would be.
+
+    A CUDA device of the table running in 16 bits has its data sheet's figure; for any other the best of a
+    few large matrix products is taken, which needs a fraction of a second.
+    """
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for key, tflops in PEAK_TFLOPS.items():
+            if key in name:
+                return tflops * 1e12
+    n = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    runtime = Runtime(device, dtype)
+    best = float("inf")
+    for _ in range(6):
+        runtime.synchronize()
+        begin = time.perf_counter()
+        a @ a
+        runtime.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best
+
+
+def largest_power_of_two(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest power of two, at most `limit`, that `fits`; 0 where not even 1 does. Tries downwards."""
+    size = 1 << (limit.bit_length() - 1)
+    while size and not fits(size):
+        size //= 2
+    return size
+
+
+def largest_micro_batch(model: nn.Module, sequence_length: int, sequences: int, runtime: Runtime) -> int:
+    """The largest power of two of sequences that fits into memory and divides `sequences`.
+
+    On CUDA by trying forward and backward, uncompiled, which needs more memory than compiled. Elsewhere the
+    logits are kept below a third of a gigabyte, beyond which larger batches are not faster.
+    Raises UserError where not one sequence fits.
+    """
+    limit = sequences & -sequences  # the largest power of two that divides it
+    if runtime.device.type != "cuda":
+        logits_bytes = 4 * sequence_length * model.config.embedding_rows
+        return largest_power_of_two(lambda B: B == 1 or B * logits_bytes <= 2**30 // 3, limit)
+
+    def fits(B: int) -> bool:
+        try:
+            idx = torch.zeros(B, sequence_length, dtype=torch.int64, device=runtime.device)
+            # Stands in for AdamW's two moments and DDP's buckets, which are not there yet.
+            reserve = torch.empty(3 * model.num_parameters(), device=runtime.device)
+            with runtime.autocast():
+                loss = model(idx, idx)[1]
+            loss.backward()
+            del reserve
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+
+    best = largest_power_of_two(fits, min(limit, 128))
+    torch.cuda.empty_cache()
+    best = int(runtime.all_reduce(torch.tensor(best, device=runtime.device), "MIN"))
+    if best == 0:
+        raise UserError(
+            f"--sequence-length {sequence_length}: not one sequence fits into GPU memory: lower it"
+        )
+    return best
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT, for the loop to end after the step it is in.
+
+    Torchrun passes on a signal that the terminal has sent already, so a second one is the same wish; from
+    the third on, the process ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.times = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+        self.times += 1
+        if self.times > 2:
+            os._exit(128 + number)

@@ -1,0 +1,229 @@
+"""The model against transformers' GPT-2, and what padding, saving and sampling must never do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+import model as model_module
+from cli import UserError
+from model import GPT, GPTConfig
+
+SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
+
+
+def huggingface_model(seed: int = 0) -> transformers.GPT2LMHeadModel:
+    """A GPT-2 of transformers with random weights everywhere, biases and gains included."""
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        n_positions=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference() -> transformers.GPT2LMHeadModel:
+    return huggingface_model()
+
+
+@pytest.fixture(scope="module")
+def folder(reference: transformers.GPT2LMHeadModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("huggingface")
+    reference.save_pretrained(folder)
+    return folder
+
+
+def test_124m_parameters_under_the_names_of_huggingface() -> None:
+    with torch.device("meta"):
+        ours = GPT(GPTConfig())
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+        padded = GPT(GPTConfig(padded_vocab_size=50304))
+    assert ours.num_parameters() == padded.num_parameters() == 124_439_808
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    assert round(ours.flops_per_token(1024) / 1e6) == 855
+
+
+def test_logits_loss_and_gradients_equal_transformers(
+    reference: transformers.GPT2LMHeadModel, folder: Path
+) -> None:
+    ours = GPT.from_pretrained(folder)
+    idx = torch.randint(101, (4, 21))
+    targets = torch.randint(101, (4, 21))
+    targets[1, 3:9] = -100
+    logits, loss = ours(idx, targets)
+    # transformers shifts its labels by one itself, so its loss is taken from its logits here.
+    expected = reference(idx).logits
+    expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=0)
+
+    loss.backward()
+    reference.zero_grad()
+    expected_loss.backward()
+    theirs = dict(reference.named_parameters())
+    for name, parameter in ours.named_parameters():
+        gradient = theirs[name].grad.t() if name.endswith(model_module.CONV1D_WEIGHTS) else theirs[name].grad
+        assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_first_weights_follow_openais_code() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=1000, n_layer=8, n_head=2, n_embd=128))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.01 if "wpe" in name else 0.02 / 4 if "c_proj" in name else 0.02  # sqrt(2 · 8) = 4
+            assert parameter.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(parameter.mean().item()) < std / 20, name
+
+
+def test_huggingface_format_round_trips_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    GPT.from_pretrained(folder, padded_vocab_size=128).save_pretrained(tmp_path)
+    theirs = safetensors.torch.load_file(folder / "model.safetensors")
+    ours = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in transformers.GPT2LMHeadModel.from_pretrained(folder).state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_openais_own_upload_loads(folder: Path, tmp_path: Path) -> None:
+    """Names without prefix, causal masks as tensors, the head a tensor of its own: as `gpt2` on the Hub."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    old["lm_head.weight"] = old["wte.weight"].clone()
+    for layer in range(3):
+        old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+    safetensors.torch.save_file(old, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    idx = torch.randint(101, (2, 24))
+    assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], GPT.from_pretrained(folder)(idx)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_function": "relu"}, "activation_function"),
+        ({"n_inner": 77}, "n_inner"),
+        ({"model_type": "llama"}, "model_type"),
+        ({"n_layer": 4}, "another shape"),
+        ({"n_embd": 64}, "another shape"),
+        ({"n_head": 5}, "does not divide"),
+        ({"n_layer": None}, "not the configuration"),
+    ],
+)
+def test_what_is_not_this_gpt2_is_refused(
+    folder: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_padding_changes_nothing() -> None:
+    torch.manual_seed(5)
+    plain = GPT(SMALL)
+    torch.manual_seed(5)
+    padded = GPT(GPTConfig(**{**SMALL.__dict__, "padded_vocab_size": 128}))
+    idx, targets = torch.randint(101, (2, 3, 24))
+    logits, loss = padded(idx, targets)
+    expected_logits, expected_loss = plain(idx, targets)
+    assert logits.shape == (3, 24, 101)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss, expected_loss, atol=1e-6, rtol=0)
+    loss.backward()
+    assert (padded.lm_head.weight.grad[101:] == 0).all()
+
+
+def test_padding_is_never_sampled() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL.__dict__, "padded_vocab_size": 128}))
+    with torch.no_grad():
+        # Were these rows looked at, their logits would tower over all others on one side or the other.
+        model.lm_head.weight[101:] = 1000 * torch.randn(27, 32)
+    for temperature in (0.0, 1.0, 5.0):
+        ids = model.generate(torch.randint(101, (8, 3)), 15, temperature=temperature)
+        assert ids.shape == (8, 18)
+        assert ids.max() < 101
+
+
+# ---------------------------------------------------------------- generation
+
+
+def test_greedy_decoding_equals_transformers(reference: transformers.GPT2LMHeadModel, folder: Path) -> None:
+    ours = GPT.from_pretrained(folder)
+    idx = torch.randint(101, (3, 5))
+    expected = reference.generate(idx, max_new_tokens=19, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.generate(idx, 19, temperature=0), expected)
+
+
+def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
+    """Prompts of different lengths, run well beyond the 24 positions, with a draw of their own."""
+    model = GPT.from_pretrained(folder)
+    prompts = [torch.randint(101, (length,)).tolist() for length in (5, 1, 24, 40)]
+    seeded = lambda i: torch.Generator().manual_seed(i)  # noqa: E731
+    options = {"temperature": 0.9, "top_k": 30}
+    together = list(model.stream(prompts, 60, generator=[seeded(i) for i in range(4)], **options))
+    for i, prompt in enumerate(prompts):
+        alone = list(model.stream([prompt], 60, generator=[seeded(i)], **options))
+        assert [step[i] for step in together] == [step[0] for step in alone]
+    once = model.generate(prompts, 60, generator=seeded(7))
+    assert once == model.generate(prompts, 60, generator=seeded(7))
+    assert once != model.generate(prompts, 60, generator=seeded(8))
+
+
+def test_beyond_the_block_size_the_last_half_goes_on(folder: Path) -> None:
+    """Brute force, without a cache: whenever 24 positions are full, the context shrinks to the last 12."""
+    model = GPT.from_pretrained(folder)
+    row, context = [3, 1, 4], [3, 1, 4]
+    for _ in range(50):
+        token = model(torch.tensor([context]))[0][0, -1].argmax().item()
+        row.append(token)
+        context = [*(context[-12:] if len(context) == 24 else context), token]
+    assert model.generate([[3, 1, 4]], 50, temperature=0) == [row]
+
+
+def test_a_row_ends_at_its_end_of_text(folder: Path) -> None:
+    model = GPT.from_pretrained(folder)
+    free = model.generate(torch.tensor([[1, 2], [3, 4]]), 10, temperature=0)
+    eos = free[0, 4].item()
+    first = [row.index(eos) if eos in row else None for row in free[:, 2:].tolist()]
+    ended = model.generate([[1, 2], [3, 4]], 10, temperature=0, eos_token_id=eos)
+    for row, whole, end in zip(ended, free.tolist(), first, strict=True):
+        assert row == (whole if end is None else whole[: 2 + end + 1])
+    filled = model.generate(torch.tensor([[1, 2]]), 10, temperature=0, eos_token_id=eos)
+    assert filled.tolist()[0] == ended[0]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (7, None), (None, 0.6), (20, 0.8), (None, 0.0)])
+def test_samples_have_the_distribution_of_transformers_warpers(
+    top_k: int | None, top_p: float | None
+) -> None:
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(1, 50)
+    warped = logits / 0.7
+    if top_k:
+        warped = transformers.TopKLogitsWarper(top_k)(None, warped)
+    if top_p is not None:
+        warped = transformers.TopPLogitsWarper(top_p)(None, warped)
+    expected = warped.softmax(-1)[0].double()
+    # Evenly spread draws measure the distribution without chance.
+    draws = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    ids = model_module.sample(logits.expand(20_000, -1), draws, 0.7, top_k, top_p)
+    measured = torch.bincount(ids, minlength=50) / 20_000
+    torch.testing.assert_close(measured.double(), expected, atol=2e-4, rtol=0)

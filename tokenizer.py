@@ -1,0 +1,107 @@
+"""GPT-2's byte-pair encoding, from the rank file in assets/: no download.
+
+enc = get_encoding()
+enc.encode_ordinary("Hello") -> [15496]
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import tiktoken
+from tiktoken.load import load_tiktoken_bpe
+
+from cli import UserError
+
+RANKS_FILE = Path(__file__).parent / "assets" / "gpt2.tiktoken"
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 50256
+VOCAB_SIZE = 50257
+
+# The splitting rule of OpenAI's GPT-2 release, in the possessive form that tiktoken runs fastest.
+SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+@functools.cache
+def get_encoding() -> tiktoken.Encoding:
+    """The GPT-2 encoding: 50257 ids, `<|endoftext|>` is 50256.
+
+    Raises UserError if the rank file is missing or is not the published one.
+    """
+    try:
+        digest = hashlib.sha256(RANKS_FILE.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{RANKS_FILE}: {error.strerror}: restore it with `git checkout assets`") from error
+    if digest != RANKS_SHA256:
+        raise UserError(f"{RANKS_FILE}: not GPT-2's ranks (sha256 {digest}): `git checkout assets`")
+    return tiktoken.Encoding(
+        name="gpt2",
+        explicit_n_vocab=VOCAB_SIZE,
+        pat_str=SPLIT_PATTERN,
+        mergeable_ranks=load_tiktoken_bpe(str(RANKS_FILE)),
+        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
+    )
+
+
+def save_pretrained(folder: Path, model_max_length: int) -> None:
+    """Write the tokenizer files that `transformers.AutoTokenizer.from_pretrained(folder)` reads."""
+    for name, text in _huggingface_files(model_max_length).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@functools.cache
+def _huggingface_files(model_max_length: int) -> dict[str, str]:
+    """File name -> contents, for transformers with and without the Rust tokenizers."""
+    ranks = {token: get_encoding().encode_single_token(token) for token in get_encoding().token_byte_values()}
+    to_text = _byte_to_unicode()
+    spell = lambda token: "".join(to_text[byte] for byte in token)  # noqa: E731
+    tokens = sorted((t for t in ranks if ranks[t] != END_OF_TEXT_ID), key=ranks.__getitem__)
+    vocab = {spell(token): ranks[token] for token in tokens} | {END_OF_TEXT: END_OF_TEXT_ID}
+    merges = [tuple(map(spell, _last_merge(token, ranks))) for token in tokens if len(token) > 1]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False}
+    fast = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": END_OF_TEXT_ID, **special, "single_word": False, "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": merges},
+    }
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": model_max_length,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "add_prefix_space": False,
+    }
+    return {
+        "tokenizer.json": json.dumps(fast, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+    }
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts that byte-pair encoding joins last to make `token`: its line in merges.txt."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, VOCAB_SIZE) for a, b in itertools.pairwise(parts)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _byte_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-ins: visible Latin-1 bytes are themselves, the other 68 are U+0100 onwards."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
