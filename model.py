@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from cli import UserError
 
@@ -136,6 +137,57 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The head and its loss, a chunk of positions at a time, the gradients taken along the way.
+
+    The logits of a whole batch, their softmax and its gradient are the largest tensors of a small GPT-2 by
+    far. Here only a chunk's logits exist at a time, and become their own gradient in place (the idea of
+    Liger Kernel's fused linear cross-entropy, Hsu et al. 2024). Nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, states: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunks: int
+    ) -> Tensor:
+        """states (N, C), weight (rows, C), targets (N,) -> mean loss over targets that are not -100."""
+        kind = states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            count = (targets != -100).sum()
+            loss = torch.zeros((), device=states.device)
+            grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight)
+            pieces = zip(states.chunk(chunks), targets.chunk(chunks), grad_states.chunk(chunks), strict=True)
+            for x, target, grad_x in pieces:
+                x = x.to(dtype)
+                logits = (x @ w.t()).float()
+                logits[:, vocab_size:] = -math.inf
+                # log-sum-exp from the likeliest token's logit and probability: one exponential a logit.
+                known = (target != -100).to(logits.dtype)
+                target = target.clamp_min(0)[:, None]
+                largest, target_logit = logits.amax(dim=-1), logits.gather(1, target).squeeze(1)
+                probs = F.softmax(logits, dim=-1)
+                loss += ((largest - probs.amax(dim=-1).log() - target_logit) * known).sum()
+                if any(ctx.needs_input_grad):
+                    # d loss / d logits = (softmax - one-hot) · known / count, a factor a row.
+                    probs.scatter_add_(1, target, torch.full_like(probs[:, :1], -1.0))
+                    row_factor = (known / count)[:, None]
+                    grad = probs.to(dtype)
+                    grad_x.copy_((grad @ w) * row_factor)
+                    x = x * row_factor.to(dtype)
+                    if dtype == weight.dtype:
+                        grad_weight.addmm_(grad.t(), x)
+                    else:
+                        grad_weight += grad.t() @ x
+        ctx.save_for_backward(grad_states, grad_weight)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_states, grad_weight = ctx.saved_tensors
+        return grad_states * grad_loss, grad_weight.mul_(grad_loss), None, None, None
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         """Weights are drawn on the CPU from torch's global generator: seed it for a repeatable start.
@@ -168,7 +220,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """normal(0, 0.02); positions normal(0, 0.01); residual projections 0.02/sqrt(2·n_layer); biases 0, gains 1."""
+        """normal(0, 0.02); positions 0.01; residual projections 0.02/sqrt(2·n_layer); biases 0, gains 1."""
         for name, parameter in self.named_parameters():
             if name.endswith("wpe.weight"):
                 parameter.normal_(0.0, 0.01)
@@ -215,13 +267,21 @@ class GPT(nn.Module):
             x = block(x, cache)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, loss_chunks: int = 1
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Next-token logits, and the loss if there are targets.
 
         idx, targets: int64 (B, T), T at most block_size; a target of -100 is ignored.
         Returns logits (B, T, vocab_size) and the mean cross-entropy in nats, a scalar in fp32 (or None).
+        With targets and loss_chunks above 1, only that share of the logits exists at a time, and None is
+        returned for them.
         """
-        logits = self._head(self.hidden(idx))
+        states = self.hidden(idx)
+        if targets is not None and loss_chunks > 1:
+            head = (self.lm_head.weight, targets.flatten(), self.config.vocab_size, loss_chunks)
+            return None, ChunkedCrossEntropy.apply(states.flatten(0, 1), *head)
+        logits = self._head(states)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
@@ -325,7 +385,10 @@ class GPT(nn.Module):
         if not folder.is_dir():
             folder = _download(str(name_or_folder))
         config = _read_config(folder / "config.json", padded_vocab_size)
-        model = cls(config)
+        with torch.device("meta"):  # without drawing first weights
+            model = cls(config)
+        model.to_empty(device="cpu")
+        model.lm_head.weight = model.transformer.wte.weight
         model.load_weights(folder)
         return model
 

@@ -251,14 +251,13 @@ def largest_power_of_two(fits: Callable[[int], bool], limit: int) -> int:
 def largest_micro_batch(model: nn.Module, sequence_length: int, sequences: int, runtime: Runtime) -> int:
     """The largest power of two of sequences that fits into memory and divides `sequences`.
 
-    On CUDA by trying forward and backward, uncompiled, which needs more memory than compiled. Elsewhere the
-    logits are kept below a third of a gigabyte, beyond which larger batches are not faster.
+    On CUDA by trying forward and backward, uncompiled, which needs more memory than compiled. Elsewhere at
+    most 2048 tokens, beyond which larger batches are not faster.
     Raises UserError where not one sequence fits.
     """
     limit = sequences & -sequences  # the largest power of two that divides it
     if runtime.device.type != "cuda":
-        logits_bytes = 4 * sequence_length * model.config.embedding_rows
-        return largest_power_of_two(lambda B: B == 1 or B * logits_bytes <= 2**30 // 3, limit)
+        return largest_power_of_two(lambda B: B == 1 or B * sequence_length <= 2048, limit)
 
     def fits(B: int) -> bool:
         try:

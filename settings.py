@@ -54,6 +54,9 @@ class Settings:
     """Sequences a process takes at once. 0: the largest power of two that fits into memory."""
     sequence_length: int = 1024
     """Tokens a sequence."""
+    loss_chunks: int = 0
+    """Parts that the head and its loss are computed in: more need less memory. 0: 1 on a GPU; on a CPU parts
+    of about 256 tokens, which suit its caches."""
 
     # model
     block_size: int = 1024
@@ -129,7 +132,7 @@ PRESETS = {
         dataset_repo="builtin",
         out_dir=Path("log/demo"),
         max_steps=200,
-        total_batch_size=2048,
+        total_batch_size=1024,
         sequence_length=128,
         block_size=128,
         n_layer=4,

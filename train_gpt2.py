@@ -138,21 +138,20 @@ def describe_run(s: Settings, rt: runtime.Runtime, model: GPT, micro_batch_size:
 def validate(
     model: nn.Module,
     stream: dataloader.TokenStream,
-    val_tokens: int,
+    n_sequences: int,
     micro_batch_size: int,
+    loss_chunks: int,
     rt: runtime.Runtime,
 ) -> float:
-    """Mean loss in nats over the first `val_tokens` tokens, or all, shared out over the processes."""
-    n_sequences = max(1, min(val_tokens // stream.sequence_length, len(stream)))
+    """Mean loss in nats over the stream's first `n_sequences`, shared out over the processes."""
     sums = []
-    for x, y in dataloader.val_batches(
-        stream, n_sequences, micro_batch_size, rt.rank, rt.world_size, rt.device
-    ):
+    batches = dataloader.val_batches(stream, n_sequences, micro_batch_size, rt.rank, rt.world_size, rt.device)
+    for x, y in batches:
         with rt.autocast():
-            _, loss = model(x, y)
+            _, loss = model(x, y, loss_chunks)
         sums.append(loss * (y != -100).sum())
     total = torch.stack(sums).cpu().double().sum() if sums else torch.zeros((), dtype=torch.float64)
-    rt.all_reduce(total := total.to(rt.device if rt.world_size > 1 else "cpu"))
+    total = rt.all_reduce(total.to(rt.device)) if rt.world_size > 1 else total
     return float(total) / (n_sequences * stream.sequence_length)
 
 
@@ -247,6 +246,7 @@ def train(s: Settings) -> int:
     shards = dataloader.find_shards(s.data_dir, s.num_shards)
     train_stream = dataloader.TokenStream(shards["train"], s.sequence_length, s.seed, s.shuffle)
     val_stream = dataloader.TokenStream(shards["val"], s.sequence_length)
+    n_val_sequences = max(1, min(s.val_tokens // s.sequence_length, len(val_stream)))
     seconds["data"] += clock() - begin
 
     model = build_model(s, rt.device)
@@ -255,6 +255,7 @@ def train(s: Settings) -> int:
         model, s.sequence_length, sequences_per_step // world_size, rt
     )
     accumulation_steps = sequences_per_step // (B * world_size)
+    loss_chunks = s.loss_chunks or (max(1, B * s.sequence_length // 256) if rt.device.type == "cpu" else 1)
     optimizer = optim.build_adamw(model, s.learning_rate, s.weight_decay)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
 
@@ -313,7 +314,7 @@ def train(s: Settings) -> int:
         begin = clock()
         last = step == s.max_steps
         if s.val_interval and (step % s.val_interval == 0 or last):
-            loss = validate(eval_model, val_stream, s.val_tokens, B, rt)
+            loss = validate(eval_model, val_stream, n_val_sequences, B, loss_chunks, rt)
             say(f"step {step}/{s.max_steps} | validation loss {loss:.4f}")
             if log:
                 log.log(step, "val", loss=loss)
@@ -399,7 +400,7 @@ def train(s: Settings) -> int:
             local = world_size > 1 and micro_step < accumulation_steps - 1
             with train_model.no_sync() if local else contextlib.nullcontext():
                 with rt.autocast():
-                    _, loss = train_model(x, y)
+                    _, loss = train_model(x, y, loss_chunks)
                 scaler.scale(loss / accumulation_steps).backward()
             loss_sum += loss.detach() / accumulation_steps
         scaler.unscale_(optimizer)

@@ -150,6 +150,27 @@ def test_padding_changes_nothing() -> None:
     assert (padded.lm_head.weight.grad[101:] == 0).all()
 
 
+@pytest.mark.parametrize("chunks", [2, 5, 72])
+def test_loss_in_chunks_is_the_same_loss(chunks: int) -> None:
+    """Value and gradients, with ignored targets, padding, and a factor behind the loss."""
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(**{**SMALL.__dict__, "padded_vocab_size": 128}))
+    idx, targets = torch.randint(101, (2, 3, 24))
+    targets[0, :9] = -100
+    expected = model(idx, targets)[1]
+    (3 * expected).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    logits, loss = model(idx, targets, chunks)
+    (3 * loss).backward()
+    assert logits is None
+    torch.testing.assert_close(loss, expected, atol=2e-6, rtol=0)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, targets, chunks)[1], expected, atol=2e-6, rtol=0)
+
+
 def test_padding_is_never_sampled() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL.__dict__, "padded_vocab_size": 128}))

@@ -1,0 +1,313 @@
+"""The training script: what a run leaves, that it can be killed and resumed, that processes do not matter."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, TINY, T, as_flags, command, environment, history, run_script
+
+import metrics
+import train_gpt2
+from dataloader import TokenStream, find_shards
+from model import GPT, GPTConfig
+from optim import build_adamw, learning_rate_factor
+from settings import PRESETS, settings_from_config
+
+Train = Callable[..., Path]
+
+
+def test_loss_curve_equals_a_textbook_loop(train: Train, data_dir: Path) -> None:
+    """Plain full-batch steps over the stream in order: no micro-batches, no background, no chunks."""
+    run = train(micro_batch_size=2, shuffle=True, seed=3, max_steps=8)
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(T, 50257, 2, 2, 16))
+    optimizer = build_adamw(model, 1e-2, 0.1)
+    stream = TokenStream(find_shards(data_dir)["train"], T, 3, True)
+    for record in history(run, kinds=("train",)):
+        step = record["step"]
+        tokens = torch.from_numpy(stream.read(np.arange(8 * (step - 1), 8 * step)).astype(np.int64))
+        _, loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = record["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert record["grad_norm"] == pytest.approx(grad_norm.item(), rel=1e-3)
+        assert record["lr"] == pytest.approx(1e-2 * learning_rate_factor(step - 1, 8, 2, 0.1, "cosine", 0.3))
+        assert record["tokens"] == step * 8 * T
+    assert history(run, kinds=("train",))[-1]["step"] == 8
+
+
+def test_what_a_run_leaves(train: Train) -> None:
+    run = train()
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoints", "loss_curves.png", "samples.txt", "summary.json",
+    }  # fmt: skip
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step_000002", "step_000004", "step_000006",
+    ]  # fmt: skip
+    records = metrics.read(run / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if r["kind"] == "val"] == [0, 2, 4, 6]
+    assert set(records[2]) == {
+        "step", "kind", "loss", "lr", "grad_norm", "step_ms", "tokens_per_sec", "mfu", "tokens",
+    }  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    val = [r["loss"] for r in records if r["kind"] == "val"]
+    assert summary["last_val_loss"] == val[-1]
+    assert summary["best_val_loss"] == min(val) < val[0]
+    assert summary["tokens"] == 6 * 8 * T
+    assert summary["parameters"] == GPT(GPTConfig(T, 50257, 2, 2, 16)).num_parameters()
+    assert set(summary["seconds"]) == {"data", "training", "evaluation", "checkpoints"}
+    samples = (run / "samples.txt").read_text()
+    for prompt in ("Hello, I'm a language model,", "Hello, I'm a computer science student,"):
+        assert samples.count(prompt) == 3
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["n_embd"] == 16
+    assert config["versions"]["torch"] == torch.__version__
+    assert (run / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_loads_in_transformers(train: Train) -> None:
+    run = train()
+    folder = run / "checkpoints" / "step_000006"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert isinstance(theirs, transformers.GPT2LMHeadModel)
+    idx = torch.tensor([tokenizer("Hello, I'm a language model")["input_ids"]])
+    ours = GPT.from_pretrained(folder)
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
+
+
+def test_validation_does_not_depend_on_the_micro_batch(train: Train) -> None:
+    losses = [
+        [r["loss"] for r in history(train(f"run{B}", micro_batch_size=B), kinds=("val",))] for B in (1, 4, 8)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
+def test_evaluation_is_no_part_of_a_steps_time(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = train_gpt2.validate
+    monkeypatch.setattr(train_gpt2, "validate", lambda *args: time.sleep(0.7) or validate(*args))
+    run = train(val_interval=1)
+    steps = [r["step_ms"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"]
+    assert max(steps[1:]) < 700
+    assert json.loads((run / "summary.json").read_text())["seconds"]["evaluation"] > 7 * 0.7
+
+
+def test_resuming_equals_not_stopping(train: Train) -> None:
+    """Bit for bit, from any checkpoint, with records beyond the checkpoint and a broken last line."""
+    whole = train("whole")
+    part = train("part")
+    for path in (part / "checkpoints").glob("step_00000[46]"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    with open(part / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "kind": "tra')
+    train("part", resume=True)
+    assert history(part) == history(whole)
+    for name in ("model.safetensors", "training_state.pt"):
+        a, b = (run / "checkpoints" / "step_000006" / name for run in (whole, part))
+        if name.endswith(".pt"):
+            a, b = (torch.load(path, weights_only=True)["optimizer"] for path in (a, b))
+            for parameter, state in a.items():
+                assert all(torch.equal(state[key], b[parameter][key]) for key in state)
+        else:
+            assert a.read_bytes() == b.read_bytes()
+
+
+def test_resume_starts_afresh_where_there_is_nothing(train: Train) -> None:
+    assert history(train("a", resume=True)) == history(train("b"))
+
+
+def test_resume_passes_over_a_damaged_checkpoint(train: Train, capsys: pytest.CaptureFixture) -> None:
+    whole, part = train("whole"), train("part")
+    weights = part / "checkpoints" / "step_000006" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    train("part", resume=True)
+    assert "model.safetensors: damaged" in capsys.readouterr().err
+    assert history(part) == history(whole)
+
+
+def test_rehearsed_resume_changes_nothing(train: Train) -> None:
+    assert history(train("a", reload_checkpoints=True)) == history(train("b"))
+
+
+def test_only_the_newest_checkpoints_stay(train: Train) -> None:
+    run = train(checkpoint_interval=1, keep_checkpoints=2)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000005", "step_000006"]
+
+
+def test_a_run_is_repeated_from_its_config(train: Train, tmp_path: Path) -> None:
+    run = train(seed=5)
+    settings = settings_from_config(run / "config.json")
+    train_gpt2.train(dataclasses.replace(settings, out_dir=tmp_path / "again"))
+    assert history(tmp_path / "again") == history(run)
+
+
+def test_overwrite_replaces_a_run_and_spares_other_files(train: Train) -> None:
+    run = train(max_steps=4)
+    (run / "notes.txt").write_text("mine")
+    train(max_steps=2, overwrite=True)
+    assert [r["step"] for r in history(run, kinds=("train",))] == [1, 2]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_zero_steps_evaluate_given_weights(train: Train) -> None:
+    run = train("run")
+    baseline = train("baseline", init_from=str(run), max_steps=0)
+    last = [r for r in history(run, kinds=("val",))][-1]["loss"]
+    assert history(baseline) == [{"step": 0, "kind": "val", "loss": pytest.approx(last, abs=1e-5)}]
+
+
+# ---------------------------------------------------------------- real processes
+
+QUICK = {**TINY, "val_interval": 0, "checkpoint_interval": 2, "max_steps": 30}
+
+
+def start(data_dir: Path, out: Path, nproc: int = 0, **settings: object) -> subprocess.Popen:
+    flags = as_flags({**QUICK, "data_dir": data_dir, "out_dir": out, "resume": True, **settings})
+    return subprocess.Popen(
+        command("train_gpt2.py", "--preset", "demo", *flags, nproc=nproc),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_step(out: Path, step: int, timeout: float = 60) -> None:
+    deadline = time.time() + timeout
+    while time.time() < deadline:
+        if any(r["step"] >= step for r in metrics.read(out / "metrics.jsonl")):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{out} did not reach step {step}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, object]]]:
+    """A data folder and the metrics of a run over it that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    rng = np.random.default_rng(0)
+    for name in ("x_val_000000.npy", "x_train_000001.npy"):
+        np.save(folder / name, (rng.integers(0, 40, 300 * T).cumsum() % 300).astype(np.uint16))
+    _, errors = start(folder, folder / "run").communicate(timeout=120)
+    assert not errors, errors
+    return folder, history(folder / "run")
+
+
+def test_killed_and_resumed(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
+    data_dir, expected = undisturbed
+    process = start(data_dir, tmp_path)
+    wait_for_step(tmp_path, random.randint(1, 25))
+    process.kill()
+    process.wait()
+    _, errors = start(data_dir, tmp_path).communicate(timeout=120)
+    assert not errors, errors
+    assert history(tmp_path) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(
+    undisturbed: tuple[Path, list], tmp_path: Path, number: signal.Signals
+) -> None:
+    data_dir, expected = undisturbed
+    process = start(data_dir, tmp_path, checkpoint_interval=0)
+    wait_for_step(tmp_path, 5)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    last = history(tmp_path)[-1]["step"]
+    assert f"stopped by {number.name} after step {last}" in output
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{last:06d}"]
+    start(data_dir, tmp_path).communicate(timeout=120)
+    assert history(tmp_path) == expected
+
+
+def test_two_processes_train_as_one_does(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
+    """The same curve, a log that each step is in once, and after a kill the same end."""
+    data_dir, expected = undisturbed
+    process = start(data_dir, tmp_path / "two", nproc=2, val_interval=10)
+    wait_for_step(tmp_path / "two", random.randint(3, 20))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for child in workers(tmp_path / "two"):
+        os.kill(child, signal.SIGKILL)
+    _, errors = start(data_dir, tmp_path / "two", nproc=2, val_interval=10).communicate(timeout=120)
+    records = history(tmp_path / "two", kinds=("train",))
+    assert [r["step"] for r in records] == [r["step"] for r in expected], errors
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
+    assert [r["grad_norm"] for r in records] == pytest.approx([r["grad_norm"] for r in expected], rel=1e-3)
+    start(data_dir, tmp_path / "one", val_interval=10).communicate(timeout=120)
+    val = [[r["loss"] for r in history(tmp_path / name, kinds=("val",))] for name in ("one", "two")]
+    assert val[0] == pytest.approx(val[1], abs=1e-5)
+
+
+def workers(out: Path) -> list[int]:
+    """Processes that still train into `out`: torchrun's children are in sessions of their own."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(out).encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_signal_to_two_processes_stops_both_after_one_step(
+    undisturbed: tuple[Path, list], tmp_path: Path
+) -> None:
+    data_dir, expected = undisturbed
+    process = start(data_dir, tmp_path, nproc=2, checkpoint_interval=0)
+    wait_for_step(tmp_path, 5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    last = history(tmp_path)[-1]["step"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{last:06d}"]
+    start(data_dir, tmp_path).communicate(timeout=120)
+    assert [r["loss"] for r in history(tmp_path)] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
+
+
+def test_the_demo_preset_builds_its_own_data(tmp_path: Path) -> None:
+    flags = {**QUICK, "data_dir": tmp_path / "builtin", "out_dir": tmp_path / "run", "max_steps": 1}
+    done = run_script("train_gpt2.py", "--preset", "demo", *as_flags(flags))
+    assert done.returncode == 0, done.stderr
+    tokens = sum(len(np.load(path)) for path in (tmp_path / "builtin").glob("*.npy"))
+    assert 400_000 < tokens < 1_500_000
+    last_lines = "\n".join(done.stdout.splitlines()[-6:])
+    assert "loss_curves.png" in last_lines
+    assert "samples.txt" in last_lines
+
+
+def test_help_explains_every_setting() -> None:
+    shown = run_script("train_gpt2.py", "--help")
+    assert shown.returncode == 0
+    for field in dataclasses.fields(PRESETS["demo"]):
+        assert f"--{field.name.replace('_', '-')}" in shown.stdout
+    assert shown.stdout.count("default:") + shown.stdout.count("(positional") >= len(
+        dataclasses.fields(PRESETS["demo"])
+    )
+
+
+def test_importing_any_file_starts_nothing() -> None:
+    files = [path.stem for path in ROOT.glob("*.py")]
+    files += [f"pre_tokens.{path.stem}" for path in (ROOT / "pre_tokens").glob("*.py")]
+    code = f"import sys, os\nbefore = set(os.listdir())\nimport {', '.join(files)}\n"
+    code += "assert 'transformers' not in sys.modules and 'matplotlib' not in sys.modules\n"
+    code += "assert set(os.listdir()) - before <= {'__pycache__'}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
