@@ -37,14 +37,12 @@ def parse(
     except SystemExit as stop:
         if stop.code != 2:
             raise
-    # tyro draws its message as a box of several lines: the part above the rule is the message itself.
-    lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]
-    message = []
-    for line in lines:
-        if line.startswith("─"):
-            break
-        message.append(line)
-    raise UserError(f"{' '.join(message).removesuffix('.')}: see --help")
+    # tyro draws a box: a title (in ASCII with a rule below), the message, a rule, advice.
+    lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
+    is_rule = [not line.strip("─-") for line in lines]
+    begin = is_rule.index(False)
+    end = is_rule.index(True, begin)
+    raise UserError(f"{' '.join(lines[begin:end]).removesuffix('.')}: see --help")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import nn
 
 from cli import UserError
 
+T = TypeVar("T")
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 # Peak rate of dense 16-bit matrix products, in TFLOP/s, from NVIDIA's data sheets (without sparsity).
@@ -83,13 +84,21 @@ class Runtime:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
-    def first_on_node(self, work: Callable[[], None]) -> None:
-        """Do `work` on one process a machine while its others wait; then on those, who find it done."""
-        if self.local_rank == 0:
-            work()
-        self.barrier()
-        if self.local_rank != 0:
-            work()
+    def lead(self, leads: bool, work: Callable[[], T]) -> T | None:
+        """Do `work` on the processes that lead, while the others wait; returns its result, None on others.
+
+        Where it raises UserError on one process, it does on all: none is left waiting for a dead one.
+        """
+        result, failure = None, None
+        if leads:
+            try:
+                result = work()
+            except UserError as error:
+                failure = error
+        failed = self.all_reduce(torch.tensor(int(failure is not None), device=self.device), "MAX")
+        if failed:
+            raise failure or UserError("another process has said what is wrong")
+        return result
 
     def close(self) -> None:
         """Leave the process group."""

@@ -150,12 +150,10 @@ PRESETS = {
 def read_settings(args: list[str] | None = None) -> Settings:
     """Settings from the command line: a preset's, with what the flags say put over it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="gpt2-124m")
-    first.add_argument("--device", default="auto")
-    try:
-        known, _ = first.parse_known_args(args)
-    except SystemExit:
-        known = argparse.Namespace(preset="gpt2-124m", device="auto")  # the full parser says what is wrong
+    # A flag without its value is left for the full parser to complain of.
+    first.add_argument("--preset", nargs="?", default="gpt2-124m", const="gpt2-124m")
+    first.add_argument("--device", nargs="?", default="auto", const="auto")
+    known, _ = first.parse_known_args(args)
     if known.preset in PRESETS:
         on_cuda = known.device.startswith(("auto", "cuda")) and torch.cuda.is_available()
         defaults = dataclasses.replace(PRESETS[known.preset], preset=known.preset, compile=on_cuda)

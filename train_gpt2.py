@@ -71,12 +71,13 @@ def prepare_out_dir(s: Settings) -> Path | None:
         )
     try:
         s.out_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
+        metrics.write_atomically(s.out_dir / ".writable", "")
+        (s.out_dir / ".writable").unlink()
+    except OSError as error:
+        reason = error.strerror
         raise UserError(
-            f"--out-dir {s.out_dir}: there is a file of that name: name another folder"
+            f"--out-dir {s.out_dir}: cannot be written ({reason}): name another folder"
         ) from error
-    if not os.access(s.out_dir, os.W_OK | os.X_OK):
-        raise UserError(f"--out-dir {s.out_dir}: may not be written to: name another folder")
     if s.overwrite:
         for path in held:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -242,7 +243,7 @@ def train(s: Settings) -> int:
 
     # Data first: a run without data must not leave a run folder behind.
     begin = clock()
-    rt.first_on_node(lambda: prepare_data(s))
+    rt.lead(rt.local_rank == 0, lambda: prepare_data(s))
     shards = dataloader.find_shards(s.data_dir, s.num_shards)
     train_stream = dataloader.TokenStream(shards["train"], s.sequence_length, s.seed, s.shuffle)
     val_stream = dataloader.TokenStream(shards["val"], s.sequence_length)
@@ -260,7 +261,7 @@ def train(s: Settings) -> int:
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
 
     # The run folder comes last, when all that can be wrong with the settings has been looked at.
-    newest = prepare_out_dir(s) if rt.is_main else None
+    newest = rt.lead(rt.is_main, lambda: prepare_out_dir(s))
     first_step = torch.tensor(checkpoint.step_of(newest) if newest else 0, device=rt.device)
     first_step = int(rt.all_reduce(first_step, "MAX"))
     # What the order of the data and the shape of the state depend on: a resumed run must have the same.

@@ -143,9 +143,8 @@ def test_shards_are_chosen_by_their_whole_name(data_dir: Path) -> None:
             np.save(file, tokens)
     found = find_shards(data_dir)
     assert [shard.path.name for shard in found["val"]] == ["tiny_val_000000.npy"]
-    assert [shard.path.name for shard in found["train"]] == [
-        "interval_train_000009.npy", "tiny_train_000001.npy", "tiny_train_000002.npy", "tiny_train_000003.npy",
-    ]  # fmt: skip
+    tiny = [f"tiny_train_00000{number}.npy" for number in (1, 2, 3)]
+    assert [shard.path.name for shard in found["train"]] == ["interval_train_000009.npy", *tiny]
     assert [shard.path.name for shard in find_shards(data_dir, 2)["train"]] == ["tiny_train_000001.npy"]
 
 

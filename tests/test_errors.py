@@ -1,0 +1,253 @@
+"""Bad input: one line that names the flag or file, exit status 2, nothing left behind.
+
+Most cases call the script's `main` in this process, through the same `cli.run` that a user's call goes
+through; a few real processes show that nothing else is printed.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, T, as_flags, run_script, write_shard
+
+import cli
+import plot_loss
+import train_gpt2
+
+
+def fails(
+    main: Callable[[], object],
+    args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> str:
+    """Run a script's main that must fail as a user's mistake does; returns its one line."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *args])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+SHARD = "tiny_train_000002.npy"
+
+
+def put(content: np.ndarray) -> Callable[[Path], None]:
+    return lambda folder: np.save(folder / SHARD, content)
+
+
+def alter(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda folder: (folder / SHARD).write_bytes(change((folder / SHARD).read_bytes()))
+
+
+SHARD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (alter(lambda whole: whole[:-100]), "bytes where its header says"),
+    "longer than it says": (alter(lambda whole: whole + b"12"), "bytes where its header says"),
+    "cut in its header": (alter(lambda whole: whole[:40]), "not a npy file"),
+    "not npy": (alter(lambda whole: b"PK\x03\x04 something else"), "not a npy file"),
+    "no bytes": (alter(lambda whole: b""), "not a npy file"),
+    "int64": (put(np.zeros(500, np.int64)), "holds int64"),
+    "big-endian": (put(np.zeros(500, ">u2")), "holds >u2"),
+    "two-dimensional": (put(np.zeros((20, 20), np.uint16)), "2 dimensions"),
+    "empty": (put(np.zeros(0, np.uint16)), "is empty"),
+    "id 50257": (put(np.full(500, 50257, np.uint16)), "holds id 50257"),
+    "too short": (put(np.zeros(T, np.uint16)), "too short for one sequence"),
+    "a folder": (lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), "cannot be read"),
+    "no val": (lambda d: (d / "tiny_val_000000.npy").unlink(), "NAME_val_"),
+    "no train": (lambda d: [path.unlink() for path in d.glob("*_train_*")], "NAME_train_"),
+    "no folder": (lambda d: d.rename(d.with_name("elsewhere")), "no such folder"),
+}
+
+
+@pytest.mark.parametrize("case", SHARD_DAMAGE)
+def test_bad_shards(
+    case: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    damage, message = SHARD_DAMAGE[case]
+    damage(data_dir)
+    flags = as_flags({**TINY, "data_dir": data_dir, "dataset_repo": "none", "out_dir": tmp_path / "run"})
+    line = fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
+    assert message in line
+    assert str(data_dir) in line
+    assert not (tmp_path / "run").exists()
+
+
+BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
+    "unknown preset": (["--preset", "gpt3"], "--preset gpt3"),
+    "unknown flag": (["--learning-rat", "1"], "--learning-rat"),
+    "not a number": (["--learning-rate", "fast"], "--learning-rate"),
+    "missing value": (["--learning-rate"], "--learning-rate"),
+    "missing preset": (["--preset"], "--preset"),
+    "not a choice": (["--schedule", "sine"], "--schedule"),
+    "negative": (["--warmup-steps", "-1"], "--warmup-steps"),
+    "nan": (["--grad-clip", "nan"], "--grad-clip"),
+    "no learning": (["--learning-rate", "0"], "--learning-rate"),
+    "heads that do not divide": (["--n-head", "3"], "--n-head 3"),
+    "batch that does not divide": (["--total-batch-size", "100"], "--total-batch-size 100"),
+    "micro-batch that does not divide": (["--micro-batch-size", "3"], "--micro-batch-size 3"),
+    "sequence above the positions": (["--sequence-length", "32"], "--sequence-length 32"),
+    "both ways": (["--resume", "--overwrite"], "--resume --overwrite"),
+    "one shard": (["--num-shards", "1"], "--num-shards 1"),
+    "unknown device": (["--device", "abacus"], "--device abacus"),
+    "a share above 1": (["--min-lr-ratio", "2"], "--min-lr-ratio"),
+    "no such weights": (["--init-from", "./nowhere"], "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings(
+    case: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args, message = BAD_SETTINGS[case]
+    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run"})
+    line = fails(train_gpt2.main, ["--preset", "demo", *flags, *args], monkeypatch, capsys)
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"settings": {"n_layer": "many"}}', '{"settings": {"x": 1}}']
+)
+def test_a_config_that_is_none(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(content)
+    line = fails(train_gpt2.main, ["--preset", str(tmp_path / "config.json")], monkeypatch, capsys)
+    assert "config.json" in line
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(
+    train: Callable[..., Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = train(max_steps=2)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": run})
+    line = fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
+    assert "--resume" in line
+    assert "--overwrite" in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+BAD_RESUMES: dict[str, tuple[dict[str, object], str]] = {
+    "another width": ({"n_embd": 32}, "shape of the model"),
+    "another batch": ({"total_batch_size": 16 * T}, "--total-batch-size"),
+    "another seed": ({"seed": 2}, "--seed"),
+    "another order": ({"shuffle": False}, "--shuffle"),
+    "fewer shards": ({"num_shards": 2}, "--num-shards"),
+    "fewer steps than done": ({"max_steps": 1}, "--max-steps 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RESUMES)
+def test_a_resume_that_would_be_another_run(
+    case: str,
+    train: Callable[..., Path],
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    change, message = BAD_RESUMES[case]
+    run = train(max_steps=2)
+    before = (run / "metrics.jsonl").read_bytes()
+    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": run, "resume": True, **change})
+    assert message in fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "config.json", "SHA256SUMS"])
+def test_damaged_checkpoints(
+    name: str,
+    train: Callable[..., Path],
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """With no whole checkpoint left a run does not start over in silence."""
+    run = train(max_steps=2)
+    file = run / "checkpoints" / "step_000002" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": run, "resume": True})
+    line = fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
+    assert "step_000002" in line
+    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": run.with_name("new"), "init_from": str(run)})
+    fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
+    assert not run.with_name("new").exists()
+
+
+def test_an_out_dir_that_is_a_file(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": out_dir})
+        line = fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
+        assert f"--out-dir {out_dir}" in line
+
+
+def test_an_out_dir_that_cannot_be_written(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """/proc refuses even the superuser, whom a mode of 0o555 would not stop."""
+    if not Path("/proc/self").exists():
+        pytest.skip("needs Linux")
+    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": "/proc/run"})
+    assert "/proc/run" in fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no run there"),
+        ("", "no losses"),
+        ("hello\n", "line 1"),
+        ("1 train x\n", "line 1"),
+        ("1 loss 3\n", "line 1"),
+    ],
+)
+def test_logs_that_cannot_be_drawn(
+    content: str | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    log = tmp_path / "log.txt"
+    if content is not None:
+        log.write_text(content)
+    assert message in fails(plot_loss.main, [str(log)], monkeypatch, capsys)
+    assert not (tmp_path / "loss_curves.png").exists()
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"step": "1", "kind": "val"}', '{"step": 1}', "\x00"])
+def test_a_broken_record_before_the_last(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 2, "kind": "val", "loss": 3}}\n')
+    assert "line 1" in fails(plot_loss.main, [str(tmp_path)], monkeypatch, capsys)
+
+
+def test_a_figure_format_that_is_none(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = train(max_steps=2)
+    assert "--out" in fails(plot_loss.main, [str(run), "--out", str(tmp_path / "a.xyz")], monkeypatch, capsys)
+    assert not (tmp_path / "a.xyz").exists()
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x_train_000001.npy", 400)
+    flags = as_flags({**TINY, "data_dir": tmp_path, "out_dir": tmp_path / "run"})
+    for nproc in (0, 2):
+        done = run_script("train_gpt2.py", "--preset", "demo", *flags, nproc=nproc)
+        assert done.returncode == (1 if nproc else 2)  # torchrun has an exit status of its own
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert "NAME_val_NNNNNN.npy" in errors[0]
+        assert 'train_gpt2.py", line' not in done.stderr  # no traceback through the script
+        assert not (tmp_path / "run").exists()
