@@ -49,6 +49,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Call a script's `main` and leave with its exit status; a UserError is one line and status 2."""
     try:
         sys.exit(main())
+    except BrokenPipeError:
+        # The reader of our output has gone, as `| head` does; the interpreter's own flush would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in ENVIRONMENT_ERRORS:
             raise

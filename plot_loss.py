@@ -83,6 +83,7 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
     axes[-1].set_xlabel("step")
     axes[-1].set_xlim(left=0)
     axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    figure.align_ylabels()
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(out)

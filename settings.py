@@ -19,8 +19,7 @@ from cli import UserError
 @dataclass
 class Settings:
     preset: str = "gpt2-124m"
-    """Where the other defaults come from: gpt2-124m (the recipe of record), rehearsal (50 steps of it through
-    every stage), demo (a small model on a CPU), or the path of a run's config.json, to repeat that run."""
+    """gpt2-124m (the recipe), rehearsal (50 steps), demo (any CPU), or a run's config.json to repeat."""
 
     # data
     data_dir: Path = Path("data/fineweb-edu-10b")
@@ -30,8 +29,7 @@ class Settings:
     num_shards: int = 0
     """Use the first so many shards of the data set, the validation shard included. 0: all."""
     shuffle: bool = True
-    """Visit shards, and sequences within a shard, in an order of its own each epoch. Otherwise from the start
-    to the end."""
+    """Take shards, and the sequences within each, in a new random order each epoch."""
 
     # run
     out_dir: Path = Path("log")
@@ -55,8 +53,7 @@ class Settings:
     sequence_length: int = 1024
     """Tokens a sequence."""
     loss_chunks: int = 0
-    """Parts that the head and its loss are computed in: more need less memory. 0: 1 on a GPU; on a CPU parts
-    of about 256 tokens, which suit its caches."""
+    """Parts that the loss is computed in: more need less memory. 0: one on a GPU, of 256 tokens on a CPU."""
 
     # model
     block_size: int = 1024
@@ -88,7 +85,7 @@ class Settings:
 
     # evaluation and checkpoints
     val_interval: int = 250
-    """Steps between validations. 0: none. There is one before the first step and one after the last too."""
+    """Steps between validations, besides one before the first step and one after the last. 0: none."""
     val_tokens: int = 10_485_760
     """Tokens a validation reads, always the same; or all there are, if that is less."""
     sample_interval: int = 1000
@@ -104,8 +101,7 @@ class Settings:
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
     dtype: runtime.Dtype = "auto"
-    """Precision of matrix products. auto: bfloat16 on GPUs and CPUs with units for it, float16 on older GPUs,
-    float32 elsewhere."""
+    """Of matrix products. auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
     compile: bool = False
     """Compile the model. On by default on CUDA only."""
     tensorboard: bool = False

@@ -1,0 +1,68 @@
+"""The choice of device, precision and batch, from descriptions of machines that are not there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import runtime
+from cli import UserError
+from model import GPT, GPTConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fpu sse2 avx2", torch.float32),
+        ("fpu avx512f avx512_bf16", torch.bfloat16),
+        ("amx_tile amx_bf16", torch.bfloat16),
+        ("fpu avx512f", torch.float32),
+    ],
+)
+def test_a_cpu_gets_bf16_only_with_units_for_it(
+    flags: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n")
+    found = runtime.cpu_flags(str(tmp_path / "cpuinfo"))
+    assert found == set(flags.split())
+    assert runtime.cpu_flags(str(tmp_path / "missing")) == set()
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: found)
+    assert runtime.pick_dtype(CPU, "auto") == dtype
+    assert runtime.pick_dtype(CPU, "float16") == torch.float16
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_cuda_gets_bf16_where_it_is_native(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert runtime.pick_dtype(torch.device("cuda"), "auto") == dtype
+    assert runtime.pick_dtype(torch.device("mps"), "auto") == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "xpu", "nonsense"])
+def test_devices_that_are_not_there(device: str) -> None:
+    with pytest.raises(UserError, match=f"--device {device}"):
+        runtime.start(device, "auto")
+
+
+def test_largest_power_of_two() -> None:
+    tried = []
+    assert runtime.largest_power_of_two(lambda B: tried.append(B) or B <= 9, 100) == 8
+    assert tried == [64, 32, 16, 8]
+    assert runtime.largest_power_of_two(lambda B: False, 4) == 0
+
+
+def test_micro_batch_divides_the_share_of_a_process() -> None:
+    model = GPT(GPTConfig(64, 50257, 1, 1, 4))
+    here = runtime.Runtime(CPU, torch.float32)
+    assert runtime.largest_micro_batch(model, 64, 24, here) == 8
+    assert runtime.largest_micro_batch(model, 64, 7, here) == 1
+    assert runtime.largest_micro_batch(model, 64, 1024, here) == 32
+
+
+def test_measured_peak_is_a_rate_of_this_machine() -> None:
+    assert 1e9 < runtime.peak_flops(CPU, torch.float32) < 1e14
