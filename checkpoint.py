@@ -12,9 +12,11 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import tokenizer
 from cli import UserError
@@ -125,8 +127,8 @@ def remove_unfinished(out_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def optimizer_state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """The optimizer's state by parameter name, without padding: fit for a model with another padding."""
+def optimizer_state(model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, object]:
+    """The optimizers' state by parameter name, without padding: fit for a model with another padding."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     rows = model.config.vocab_size
     return {
@@ -134,28 +136,29 @@ def optimizer_state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, o
             key: value[:rows].clone() if _is_padded(names[parameter], value) else value
             for key, value in state.items()
         }
+        for optimizer in optimizers
         for parameter, state in optimizer.state.items()
     }
 
 
-def load_optimizer_state(model: GPT, optimizer: torch.optim.Optimizer, saved: dict[str, object]) -> None:
+def load_optimizer_state(
+    model: GPT, optimizers: Sequence[torch.optim.Optimizer], saved: dict[str, object]
+) -> None:
     """Put back what `optimizer_state` took. Raises UserError where it is of another optimizer or model."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     padding = model.config.embedding_rows - model.config.vocab_size
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if {names[parameter] for parameter in order} != set(saved):
-        raise UserError(
-            "training_state.pt: holds the state of another optimizer or model: start a new --out-dir"
-        )
-    state = {}
-    for index, parameter in enumerate(order):
-        name = names[parameter]
-        state[index] = {
-            key: torch.nn.functional.pad(value, (0, 0, 0, padding)) if _is_padded(name, value) else value
-            for key, value in saved[name].items()
-        }
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if set(names.values()) != set(saved):
+        raise UserError("training_state.pt: the state of another optimizer or model: start a new --out-dir")
+    for optimizer in optimizers:
+        state = {}
+        order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, name in enumerate(names[parameter] for parameter in order):
+            state[index] = {
+                key: F.pad(value, (0, 0, 0, padding)) if _is_padded(name, value) else value
+                for key, value in saved[name].items()
+            }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _is_padded(name: str, value: object) -> bool:

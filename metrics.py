@@ -8,6 +8,7 @@
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Metrics:
         kept = [] if keep_until is None else [r for r in read(path) if r["step"] <= keep_until]
         write_atomically(path, "".join(_line(record) for record in kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open as long as the run
+        self.path = path
         self.sinks = sinks
 
     def log(self, step: int, kind: str, **values: object) -> None:
@@ -69,6 +71,13 @@ def read(path: Path) -> list[Record]:
 def _line(record: Record) -> str:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite) + "\n"
+
+
+def is_spike(loss: float, recent: Sequence[float], sigmas: float = 6.0) -> bool:
+    """Whether a loss lies more than `sigmas` standard deviations above the mean of 100 recent ones."""
+    if len(recent) < 100:
+        return False
+    return loss > statistics.fmean(recent) + sigmas * statistics.pstdev(recent)
 
 
 def tensorboard_sink(folder: Path) -> Sink:

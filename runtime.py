@@ -8,14 +8,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
-from typing import Literal, TypeVar
+from typing import IO, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from cli import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 T = TypeVar("T")
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -291,6 +297,22 @@ def largest_micro_batch(model: nn.Module, sequence_length: int, sequences: int, 
             f"--sequence-length {sequence_length}: not one sequence fits into GPU memory: lower it"
         )
     return best
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Hold a folder for this process until it ends, however it ends; returns the open lock file.
+
+    Raises UserError where another process holds it.
+    """
+    file = open(folder / ".lock", "w")  # noqa: SIM115 - the lock lasts as long as the file is open
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder}: another process is training into it: wait, or use another --out-dir"
+            ) from error
+    return file
 
 
 class StopSignal:

@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -66,10 +65,12 @@ class Settings:
     """Width, a multiple of the heads."""
 
     # optimizer
-    optimizer: Literal["adamw"] = "adamw"
-    """adamw: betas 0.9 and 0.95, eps 1e-8."""
+    optimizer: optim.OptimizerName = "adamw"
+    """adamw for all, or muon for the blocks' matrices and adamw for the rest."""
     learning_rate: float = 6e-4
     """Peak learning rate."""
+    embedding_lr_ratio: float = 1.0
+    """Learning rate of the embeddings, as a multiple of --learning-rate."""
     min_lr_ratio: float = 0.1
     """The learning rate at the end, as a share of the peak."""
     warmup_steps: int = 715
@@ -82,6 +83,8 @@ class Settings:
     """Decay of matrices; biases and LayerNorms have none."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; a larger one is scaled down to it. 0: no limit."""
+    max_bad_steps: int = 5
+    """Stop after so many steps in a row with a loss or gradient not finite; such updates are left out."""
 
     # evaluation and checkpoints
     val_interval: int = 250
@@ -181,7 +184,7 @@ def check_settings(s: Settings, world_size: int) -> None:
     for name in ("total_batch_size", "sequence_length", "block_size", "n_layer", "n_head", "n_embd"):
         if getattr(s, name) < 1:
             raise UserError(f"{flag(name)}: must be at least 1")
-    for name in ("learning_rate", "val_tokens", "keep_checkpoints"):
+    for name in ("learning_rate", "embedding_lr_ratio", "val_tokens", "keep_checkpoints", "max_bad_steps"):
         if not getattr(s, name) > 0:
             raise UserError(f"{flag(name)}: must be above 0")
     for field in dataclasses.fields(s):

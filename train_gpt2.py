@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -50,20 +51,15 @@ def prepare_data(s: Settings) -> None:
     dataloader.find_shards(s.data_dir, s.num_shards)
 
 
-def prepare_out_dir(s: Settings) -> Path | None:
-    """Make the run folder ready to write to; returns the checkpoint to go on from, if any.
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints", "loss_curves.png", "samples.txt", "summary.json")
+
+
+def prepare_out_dir(s: Settings) -> tuple[Path | None, IO[str]]:
+    """Make the run folder ours; returns the checkpoint to go on from, if any, and the lock that we hold.
 
     Raises UserError where the folder holds a run and neither --resume nor --overwrite says what to do.
     """
-    run_files = (
-        "config.json",
-        "metrics.jsonl",
-        "checkpoints",
-        "loss_curves.png",
-        "samples.txt",
-        "summary.json",
-    )
-    held = [s.out_dir / name for name in run_files if (s.out_dir / name).exists()]
+    held = [s.out_dir / name for name in RUN_FILES if (s.out_dir / name).exists()]
     if held and not (s.resume or s.overwrite):
         raise UserError(
             f"--out-dir {s.out_dir}: holds a run already: go on with --resume, replace it with --overwrite, "
@@ -71,13 +67,10 @@ def prepare_out_dir(s: Settings) -> Path | None:
         )
     try:
         s.out_dir.mkdir(parents=True, exist_ok=True)
-        metrics.write_atomically(s.out_dir / ".writable", "")
-        (s.out_dir / ".writable").unlink()
+        lock = runtime.lock_folder(s.out_dir)
     except OSError as error:
-        reason = error.strerror
-        raise UserError(
-            f"--out-dir {s.out_dir}: cannot be written ({reason}): name another folder"
-        ) from error
+        why = error.strerror
+        raise UserError(f"--out-dir {s.out_dir}: cannot be written ({why}): name another folder") from error
     if s.overwrite:
         for path in held:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -85,7 +78,7 @@ def prepare_out_dir(s: Settings) -> Path | None:
     newest, complaints = checkpoint.newest_whole(s.out_dir) if s.resume else (None, [])
     for complaint in complaints:
         print(f"warning: {complaint}", file=sys.stderr)
-    return newest
+    return newest, lock
 
 
 def build_model(s: Settings, device: torch.device) -> GPT:
@@ -209,7 +202,11 @@ def finish_run(s: Settings, rt: runtime.Runtime, model: GPT, seconds: dict[str, 
 
 
 def restore(
-    folder: Path, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, identity: dict
+    folder: Path,
+    model: GPT,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    identity: dict[str, object],
 ) -> dict[str, float]:
     """Put weights, optimizer and scaler back as a checkpoint holds them; returns the seconds spent till then.
 
@@ -227,7 +224,7 @@ def restore(
                 f"{folder}: {name} was {saved} and is now {value}: set it back, or use another --out-dir"
             )
     model.load_weights(folder)
-    checkpoint.load_optimizer_state(model, optimizer, state["optimizer"])
+    checkpoint.load_optimizer_state(model, optimizers, state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state["seconds"]
 
@@ -257,11 +254,13 @@ def train(s: Settings) -> int:
     )
     accumulation_steps = sequences_per_step // (B * world_size)
     loss_chunks = s.loss_chunks or (max(1, B * s.sequence_length // 256) if rt.device.type == "cpu" else 1)
-    optimizer = optim.build_adamw(model, s.learning_rate, s.weight_decay)
+    optimizers = optim.build_optimizers(
+        model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay
+    )
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
 
     # The run folder comes last, when all that can be wrong with the settings has been looked at.
-    newest = rt.lead(rt.is_main, lambda: prepare_out_dir(s))
+    newest, _lock = rt.lead(rt.is_main, lambda: prepare_out_dir(s)) or (None, None)
     first_step = torch.tensor(checkpoint.step_of(newest) if newest else 0, device=rt.device)
     first_step = int(rt.all_reduce(first_step, "MAX"))
     # What the order of the data and the shape of the state depend on: a resumed run must have the same.
@@ -275,7 +274,7 @@ def train(s: Settings) -> int:
     }
     if first_step:
         folder = s.out_dir / "checkpoints" / f"step_{first_step:06d}"
-        seconds = collections.Counter(restore(folder, model, optimizer, scaler, identity))
+        seconds = collections.Counter(restore(folder, model, optimizers, scaler, identity))
     if first_step > s.max_steps:
         raise UserError(
             f"--max-steps {s.max_steps}: the run in {s.out_dir} has done {first_step} steps already"
@@ -333,7 +332,7 @@ def train(s: Settings) -> int:
             state = {
                 "step": step,
                 "identity": identity,
-                "optimizer": checkpoint.optimizer_state(model, optimizer),
+                "optimizer": checkpoint.optimizer_state(model, optimizers),
                 "scaler": scaler.state_dict(),
                 "seconds": dict(seconds),
             }
@@ -342,16 +341,21 @@ def train(s: Settings) -> int:
         rt.barrier()
         if s.reload_checkpoints:
             folder = s.out_dir / "checkpoints" / f"step_{step:06d}"
-            restore(folder, model, optimizer, scaler, identity)
+            restore(folder, model, optimizers, scaler, identity)
             say(f"step {step}/{s.max_steps} | loaded back {folder}")
         seconds["checkpoints"] += clock() - begin
 
     pending: collections.deque[tuple[int, float, Tensor]] = collections.deque()
+    recent_losses: collections.deque[float] = collections.deque(maxlen=100)
+    if log:
+        earlier = (r["loss"] for r in metrics.read(log.path) if r["kind"] == "train")
+        recent_losses.extend(loss for loss in earlier if loss is not None)
+    bad_steps = 0
     run_begin = step_begin = clock()
 
     def log_oldest() -> int:
         """Record the oldest step that is still pending; returns the signal that any process has received."""
-        nonlocal step_begin
+        nonlocal step_begin, bad_steps
         step, lr, stats = pending.popleft()
         loss, grad_norm, terminated, interrupted = stats.tolist()  # waits for the device
         now = clock()
@@ -377,6 +381,20 @@ def train(s: Settings) -> int:
                 mfu=mfu,
                 tokens=step * s.total_batch_size,
             )
+        finite = math.isfinite(loss + grad_norm)
+        bad_steps = 0 if finite else bad_steps + 1
+        if log and not finite:
+            log.log(step, "event", name="bad step")
+        elif log:
+            if metrics.is_spike(loss, recent_losses):
+                log.log(step, "event", name="loss spike", loss=loss)
+            recent_losses.append(loss)
+        if bad_steps == s.max_bad_steps:
+            last_good = next(iter(checkpoint.folders(s.out_dir)), "none")
+            raise UserError(
+                f"step {step}: loss or gradient not finite in --max-bad-steps {bad_steps} steps in a row, whose "
+                f"updates were left out: --resume goes on from {last_good}; lower --learning-rate"
+            )
         return signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
 
     stop = runtime.StopSignal()
@@ -388,11 +406,11 @@ def train(s: Settings) -> int:
         timed_evaluation(0)
         step_begin = clock()
     for step in range(first_step + 1, s.max_steps + 1):
-        lr = s.learning_rate * optim.learning_rate_factor(
+        factor = optim.learning_rate_factor(
             step - 1, s.max_steps, s.warmup_steps, s.min_lr_ratio, s.schedule, s.cooldown_fraction
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = factor * group["peak_lr"]
 
         loss_sum = torch.zeros((), device=rt.device)
         for micro_step in range(accumulation_steps):
@@ -404,16 +422,20 @@ def train(s: Settings) -> int:
                     _, loss = train_model(x, y, loss_chunks)
                 scaler.scale(loss / accumulation_steps).backward()
             loss_sum += loss.detach() / accumulation_steps
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
         # Filled on the device: copying a number there would wait for it.
         flags = [torch.full_like(loss_sum, stop.number == n) for n in (signal.SIGTERM, signal.SIGINT)]
         shared = rt.all_reduce(torch.stack([loss_sum / world_size, *flags]))
-        pending.append((step, lr, torch.stack([shared[0], grad_norm, *shared[1:]])))
+        for optimizer in optimizers:
+            if not scaler.is_enabled():
+                # The optimizer looks at this on the device, and leaves an update out that would spoil weights.
+                optimizer.found_inf = 1 - (shared[0] + grad_norm).isfinite().float()
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        pending.append((step, factor * s.learning_rate, torch.stack([shared[0], grad_norm, *shared[1:]])))
 
         # A GPU works on this step while the numbers of the one before are fetched and printed. Where
         # something else comes next, it finishes first, so that a step's time is its own.

@@ -17,7 +17,7 @@ import plot_loss
 from cli import UserError
 from metrics import Metrics
 from model import GPT, GPTConfig
-from optim import build_adamw
+from optim import build_optimizers
 from pre_tokens import builtin_corpus
 
 # ---------------------------------------------------------------- metrics
@@ -53,7 +53,7 @@ def test_reopening_drops_what_a_kill_left_beyond_the_checkpoint(tmp_path: Path) 
 def small_model() -> tuple[GPT, torch.optim.AdamW]:
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 50257, 1, 1, 4, padded_vocab_size=50304))
-    optimizer = build_adamw(model, 1e-2, 0.1)
+    [optimizer] = build_optimizers(model, "adamw", 1e-2, 1.0, 0.1)
     idx = torch.randint(50257, (2, 8))
     model(idx, idx)[1].backward()
     optimizer.step()
@@ -63,7 +63,7 @@ def small_model() -> tuple[GPT, torch.optim.AdamW]:
 def test_a_checkpoint_is_never_seen_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever step of saving dies, the folder lists whole checkpoints only, and the next save clears up."""
     model, optimizer = small_model()
-    state = {"step": 1, "optimizer": checkpoint.optimizer_state(model, optimizer)}
+    state = {"step": 1, "optimizer": checkpoint.optimizer_state(model, [optimizer])}
     checkpoint.save(tmp_path, 1, model, state, keep=1)
     whole = checkpoint.folders(tmp_path)
     for victim in ("save", "fsync", "rename"):
@@ -97,13 +97,13 @@ def test_a_state_moves_between_models_with_and_without_padding(tmp_path: Path) -
     """A run begun on a GPU, padded, goes on where there is no padding, and back."""
     padded, optimizer = small_model()
     folder = checkpoint.save(
-        tmp_path, 1, padded, {"optimizer": checkpoint.optimizer_state(padded, optimizer)}, keep=1
+        tmp_path, 1, padded, {"optimizer": checkpoint.optimizer_state(padded, [optimizer])}, keep=1
     )
     plain = GPT(GPTConfig(8, 50257, 1, 1, 4))
     plain.load_weights(folder)
-    plain_optimizer = build_adamw(plain, 1e-2, 0.1)
+    [plain_optimizer] = build_optimizers(plain, "adamw", 1e-2, 1.0, 0.1)
     saved = checkpoint.load_training_state(folder)["optimizer"]
-    checkpoint.load_optimizer_state(plain, plain_optimizer, saved)
+    checkpoint.load_optimizer_state(plain, [plain_optimizer], saved)
     idx = torch.randint(50257, (2, 8), generator=torch.Generator().manual_seed(1))
     for model, its_optimizer in ((padded, optimizer), (plain, plain_optimizer)):
         its_optimizer.zero_grad()
@@ -111,8 +111,8 @@ def test_a_state_moves_between_models_with_and_without_padding(tmp_path: Path) -
         its_optimizer.step()
     assert torch.equal(padded.lm_head.weight[:50257], plain.lm_head.weight)
     assert (padded.lm_head.weight[50257:] == 0).all()
-    back = checkpoint.optimizer_state(plain, plain_optimizer)
-    checkpoint.load_optimizer_state(padded, optimizer, back)
+    back = checkpoint.optimizer_state(plain, [plain_optimizer])
+    checkpoint.load_optimizer_state(padded, [optimizer], back)
     assert optimizer.state[padded.lm_head.weight]["exp_avg"].shape == (50304, 4)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -18,10 +19,12 @@ import transformers
 from conftest import ROOT, TINY, T, as_flags, command, environment, history, run_script
 
 import metrics
+import runtime
 import train_gpt2
+from cli import UserError
 from dataloader import TokenStream, find_shards
 from model import GPT, GPTConfig
-from optim import build_adamw, learning_rate_factor
+from optim import build_optimizers, learning_rate_factor
 from settings import PRESETS, settings_from_config
 
 Train = Callable[..., Path]
@@ -32,7 +35,7 @@ def test_loss_curve_equals_a_textbook_loop(train: Train, data_dir: Path) -> None
     run = train(micro_batch_size=2, shuffle=True, seed=3, max_steps=8)
     torch.manual_seed(3)
     model = GPT(GPTConfig(T, 50257, 2, 2, 16))
-    optimizer = build_adamw(model, 1e-2, 0.1)
+    [optimizer] = build_optimizers(model, "adamw", 1e-2, 1.0, 0.1)
     stream = TokenStream(find_shards(data_dir)["train"], T, 3, True)
     for record in history(run, kinds=("train",)):
         step = record["step"]
@@ -40,7 +43,8 @@ def test_loss_curve_equals_a_textbook_loop(train: Train, data_dir: Path) -> None
         _, loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = record["lr"]
+        for group in optimizer.param_groups:
+            group["lr"] = record["lr"]
         optimizer.step()
         optimizer.zero_grad()
         assert record["loss"] == pytest.approx(loss.item(), abs=1e-5)
@@ -54,6 +58,7 @@ def test_what_a_run_leaves(train: Train) -> None:
     run = train()
     assert {path.name for path in run.iterdir()} == {
         "config.json", "metrics.jsonl", "checkpoints", "loss_curves.png", "samples.txt", "summary.json",
+        ".lock",
     }  # fmt: skip
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
         "step_000002", "step_000004", "step_000006",
@@ -108,17 +113,18 @@ def test_evaluation_is_no_part_of_a_steps_time(train: Train, monkeypatch: pytest
     assert json.loads((run / "summary.json").read_text())["seconds"]["evaluation"] > 7 * 0.7
 
 
-def test_resuming_equals_not_stopping(train: Train) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_equals_not_stopping(train: Train, optimizer: str) -> None:
     """Bit for bit, from any checkpoint, with records beyond the checkpoint and a broken last line."""
-    whole = train("whole")
-    part = train("part")
+    whole = train("whole", optimizer=optimizer)
+    part = train("part", optimizer=optimizer)
     for path in (part / "checkpoints").glob("step_00000[46]"):
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
     with open(part / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "kind": "tra')
-    train("part", resume=True)
+    train("part", optimizer=optimizer, resume=True)
     assert history(part) == history(whole)
     for name in ("model.safetensors", "training_state.pt"):
         a, b = (run / "checkpoints" / "step_000006" / name for run in (whole, part))
@@ -173,6 +179,49 @@ def test_zero_steps_evaluate_given_weights(train: Train) -> None:
     baseline = train("baseline", init_from=str(run), max_steps=0)
     last = [r for r in history(run, kinds=("val",))][-1]["loss"]
     assert history(baseline) == [{"step": 0, "kind": "val", "loss": pytest.approx(last, abs=1e-5)}]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the loss of these steps NaN, as an overflow would."""
+    forward, calls = GPT.forward, iter(range(1, 1000))
+
+    def spoiled(self: GPT, *args: object) -> tuple[None, torch.Tensor]:
+        logits, loss = forward(self, *args)
+        if loss.requires_grad and next(calls) in steps:
+            loss = loss * math.nan
+        return logits, loss
+
+    monkeypatch.setattr(GPT, "forward", spoiled)
+
+
+def test_a_bad_step_is_left_out_and_recorded(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, {3})
+    run = train(micro_batch_size=8)
+    events = [(r["step"], r["name"]) for r in history(run, kinds=("event",))]
+    assert events == [(0, "start"), (3, "bad step")]
+    losses = [r["loss"] for r in history(run, kinds=("train",))]
+    assert losses[2] is None
+    assert all(math.isfinite(loss) for loss in losses[:2] + losses[3:])
+
+
+def test_bad_steps_in_a_row_end_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, {3, 4, 5, 6})
+    with pytest.raises(UserError, match=r"step 5: .*--max-bad-steps 3 .*step_000004"):
+        train(micro_batch_size=8, max_bad_steps=3)
+
+
+def test_a_loss_spike_is_six_deviations_above_the_last_hundred() -> None:
+    recent = [4.0, 4.2] * 50
+    assert metrics.is_spike(4.1 + 6 * 0.1 + 0.01, recent)
+    assert not metrics.is_spike(4.1 + 6 * 0.1 - 0.01, recent)
+    assert not metrics.is_spike(100.0, recent[:99])
+
+
+def test_two_runs_do_not_share_a_folder(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with runtime.lock_folder(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+        train()
+    train()
 
 
 # ---------------------------------------------------------------- real processes
