@@ -18,7 +18,7 @@ from cli import UserError
 @dataclass
 class Settings:
     preset: str = "gpt2-124m"
-    """gpt2-124m (the recipe), rehearsal (50 steps), demo (any CPU), or a run's config.json to repeat."""
+    """gpt2-124m, -124m-tuned, -124m-muon, -medium, -large, -xl, rehearsal, demo, or a run's config.json."""
 
     # data
     data_dir: Path = Path("data/fineweb-edu-10b")
@@ -113,8 +113,30 @@ class Settings:
     """Send metrics to Weights & Biases as well."""
 
 
+# The recipe of record and its faster relatives: the same model, data and batch.
+RECORD = Settings()
+# Published for this data and 10B tokens: loss 3.00 where the recipe of record ends at 3.066.
+TUNED = dataclasses.replace(RECORD, learning_rate=1.8e-3, warmup_steps=285)
+# Published for it: in 6,200 steps the loss that tuned AdamW reaches in 9,536 and the recipe in about 19,000.
+MUON = dataclasses.replace(
+    RECORD,
+    optimizer="muon",
+    max_steps=6200,
+    learning_rate=1.8e-3,
+    embedding_lr_ratio=2.0,
+    warmup_steps=0,
+    schedule="wsd",
+    min_lr_ratio=0.0,
+)
+
 PRESETS = {
-    "gpt2-124m": Settings(),
+    "gpt2-124m": RECORD,
+    "gpt2-124m-tuned": TUNED,
+    "gpt2-124m-muon": MUON,
+    # The sizes of the family, with the learning rates of GPT-3's models of their size (Brown et al. 2020).
+    "gpt2-medium": dataclasses.replace(RECORD, n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
+    "gpt2-large": dataclasses.replace(RECORD, n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
+    "gpt2-xl": dataclasses.replace(RECORD, n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
     "rehearsal": Settings(
         num_shards=2,
         out_dir=Path("log/rehearsal"),

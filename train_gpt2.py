@@ -392,8 +392,8 @@ def train(s: Settings) -> int:
         if bad_steps == s.max_bad_steps:
             last_good = next(iter(checkpoint.folders(s.out_dir)), "none")
             raise UserError(
-                f"step {step}: loss or gradient not finite in --max-bad-steps {bad_steps} steps in a row, whose "
-                f"updates were left out: --resume goes on from {last_good}; lower --learning-rate"
+                f"step {step}: loss or gradient not finite in --max-bad-steps {bad_steps} steps in a row, "
+                f"their updates left out: --resume goes on from {last_good}; lower --learning-rate"
             )
         return signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
 
@@ -430,7 +430,7 @@ def train(s: Settings) -> int:
         shared = rt.all_reduce(torch.stack([loss_sum / world_size, *flags]))
         for optimizer in optimizers:
             if not scaler.is_enabled():
-                # The optimizer looks at this on the device, and leaves an update out that would spoil weights.
+                # Looked at on the device, where an update that would spoil the weights is left out.
                 optimizer.found_inf = 1 - (shared[0] + grad_norm).isfinite().float()
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
