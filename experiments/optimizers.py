@@ -17,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # to find the modules beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules above this folder
 
 import cli
 import metrics
 from cli import UserError
 from settings import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -169,11 +170,10 @@ def main() -> None:
         result["seconds_to_target"] = first_reach(values, target, "seconds")
     print(f"\nto a validation loss of {target:.4f}:")
     for result in results:
-        label = f"{result['name']:15} at {result['best_learning_rate']:g}"
-        print(
-            f"{label:25} {result['tokens_to_target']:,.0f} tokens, {result['seconds_to_target']:,.0f} s, "
-            f"last loss {result['last_loss']:.4f}"
-        ) if result["tokens_to_target"] else print(f"{label:25} not reached")
+        tokens, seconds = result["tokens_to_target"], result["seconds_to_target"]
+        reached = f"{tokens:,.0f} tokens, {seconds:,.0f} s" if tokens else "not reached"
+        label = f"{result['name']} at {result['best_learning_rate']:g}"
+        print(f"{label:24} {reached}, last loss {result['last_loss']:.4f}")
     metrics.write_atomically(
         s.out_dir / "results.json", json.dumps({"target": target, "results": results}, indent=2)
     )
