@@ -1,14 +1,18 @@
 # make demo: train a small GPT-2 on any CPU, from an empty machine to a figure. make test: the tests.
+# make test-faults: all the ways in which a run may be broken, and a table of what it survived.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-faults lint
 demo: .venv/installed
 	$(BIN)/python pre_tokens/handle_tokens.py --source builtin --out-dir data/builtin
 	$(BIN)/python train_gpt2.py --preset demo --overwrite
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+test-faults: .venv/installed-dev
+	$(BIN)/python -m pytest -m faults tests/faults
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 import tokenizer
 from cli import UserError
@@ -34,19 +35,27 @@ def save(out_dir: Path, step: int, model: GPT, training_state: dict[str, object]
     training_state: tensors, numbers, strings, lists and dictionaries only, as `load` reads nothing else.
     """
     parent = out_dir / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{parent}: a file, where a folder has to be: remove it, then --resume") from error
     remove_unfinished(out_dir)
     folder = parent / f"step_{step:06d}"
     temporary = parent / (UNFINISHED + folder.name)
-    temporary.mkdir()
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary, model.config.block_size)
-    torch.save(training_state, temporary / TRAINING_STATE)
-    sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
-    (temporary / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
-    for file in temporary.iterdir():
-        _flush(file)
-    _flush(temporary)
+    try:
+        temporary.mkdir()
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary, model.config.block_size)
+        torch.save(training_state, temporary / TRAINING_STATE)
+        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
+        (temporary / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+    except (OSError, SafetensorError, RuntimeError) as error:  # each writer has its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: cannot be written ({reason}): make room, then --resume") from error
     if folder.exists():
         _remove(folder)
     temporary.rename(folder)

@@ -36,8 +36,11 @@ class Metrics:
     def log(self, step: int, kind: str, **values: object) -> None:
         """Append one record. A value that is not a finite number is written as null."""
         record = {"step": step, "kind": kind, **values}
-        self.file.write(_line(record))
-        self.file.flush()
+        try:
+            self.file.write(_line(record))
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}: make room, then --resume") from error
         for sink in self.sinks:
             sink(record)
 

@@ -1,55 +1,16 @@
-"""What several tests share: tiny shards, tiny training runs, scripts run as a user runs them."""
+"""Fixtures of all tests: tiny shards and tiny training runs."""
 
 import dataclasses
-import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers import TINY, T, write_shard
 
 import train_gpt2
 from settings import PRESETS
-
-ROOT = Path(__file__).parent.parent
-T = 16
-TINY = {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 16,
-    "sequence_length": T,
-    "block_size": T,
-    "total_batch_size": 8 * T,
-    "max_steps": 6,
-    "warmup_steps": 2,
-    "learning_rate": 1e-2,
-    "val_interval": 2,
-    "val_tokens": 10 * T,
-    "checkpoint_interval": 2,
-    "device": "cpu",
-    "dtype": "float32",
-}
-
-
-def as_flags(values: dict[str, object]) -> list[str]:
-    """Settings as a user types them: {"n_layer": 2, "resume": True} -> ["--n-layer", "2", "--resume"]."""
-    flags = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        flags += [flag if value else "--no" + flag[1:]] if isinstance(value, bool) else [flag, str(value)]
-    return flags
-
-
-def write_shard(path: Path, n_tokens: int, seed: int = 0) -> Path:
-    """A shard of `n_tokens` with structure to learn: each id is followed by one of few others."""
-    rng = np.random.default_rng(seed)
-    np.save(path, (rng.integers(0, 40, n_tokens).cumsum() % 300).astype(np.uint16))
-    return path
 
 
 @pytest.fixture
@@ -76,35 +37,6 @@ def train(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Path]]:
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def command(script: str, *args: str, nproc: int = 0) -> list[str]:
-    """The command line of a script, under torchrun if `nproc` is given."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
-    return [sys.executable, *launcher, str(ROOT / script), *args]
-
-
-def environment() -> dict[str, str]:
-    """One thread a process, as torchrun sets it: runs with and without it add in the same order."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-
-
-def run_script(script: str, *args: str, nproc: int = 0, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Run a script to its end as a user would."""
-    return subprocess.run(
-        command(script, *args, nproc=nproc),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def history(run: Path, kinds: tuple[str, ...] = ("train", "val")) -> list[dict[str, object]]:
-    """A run's metrics without its times: what must not depend on interruptions."""
-    times = {"step_ms", "tokens_per_sec", "mfu"}
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in times} for r in records if r["kind"] in kinds]
 
 
 @pytest.fixture(autouse=True)

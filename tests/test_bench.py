@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, T, run_script
+from helpers import ROOT, T, run_script
 
 import bench
 import planning

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, T, environment
+from helpers import ROOT, T, environment
 
 import dataloader
 from cli import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, T, as_flags, run_script, write_shard
+from helpers import TINY, T, as_flags, run_script, write_shard
 
 import cli
 import plot_loss

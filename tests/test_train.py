@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, T, as_flags, command, environment, history, run_script
+from helpers import ROOT, TINY, T, as_flags, command, environment, history, run_script
 
 import metrics
 import runtime

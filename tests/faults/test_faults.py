@@ -1,0 +1,304 @@
+"""What a run survives: real processes, broken at random moments, end as if nothing had happened.
+
+`make test-faults` runs all of this and prints a table; `make test` a selection.
+"""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fault_runs import STEPS, Run, tally
+from helpers import environment, history
+
+import checkpoint
+import metrics
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="breaks processes by way of Linux"),
+]
+Expected = list[dict[str, object]]
+
+
+def test_sigkill_at_random_moments(run: Run, expected: Expected) -> None:
+    """Fifteen times anywhere, start-up included, and fifteen times while a checkpoint is being written."""
+    for number in range(30):
+        in_checkpoint = number % 2 == 1
+        row = tally("SIGKILL while a checkpoint is written" if in_checkpoint else "SIGKILL anywhere")
+        had_one = run.last_checkpoint() > 0
+        process = run.start()
+        if in_checkpoint:
+            while not list((run.out / "checkpoints").glob(".unfinished-step*")) and process.poll() is None:
+                time.sleep(0.0005)
+            time.sleep(random.uniform(0, 0.1))
+        else:
+            if random.random() < 0.8:
+                run.wait_for_step(run.last_checkpoint() + 1, process)
+            time.sleep(random.uniform(0, 0.3))
+        if process.poll() is not None:
+            break  # the run has come to its end before all thirty
+        process.kill()
+        process.communicate()
+        row.injected += 1
+        newest, _ = checkpoint.newest_whole(run.out)
+        assert newest is not None or not had_one, "there is always a whole checkpoint once there has been one"
+        row.lost.append(run.lost())
+        row.survived += 1
+    done = run.finish()
+    assert done.returncode == 0, done.stderr
+    run.check(expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("times", [1, 2])
+def test_signals_once_and_twice(run: Run, expected: Expected, number: signal.Signals, times: int) -> None:
+    row = tally(f"{number.name}, {'once' if times == 1 else 'twice'}")
+    process = run.start()
+    run.wait_for_step(random.randint(3, 60), process)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.01)
+    row.injected += 1
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert run.lost() == 0
+    row.lost.append(0)
+    assert run.finish().returncode == 0
+    run.check(expected)
+    row.survived += 1
+
+
+def limit_file_size(n_bytes: int) -> None:
+    """For Popen's preexec_fn: what is written beyond `n_bytes` of a file fails as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics"])
+def test_no_space(run: Run, expected: Expected, what: str) -> None:
+    """A file that cannot grow: the weights' (a few MB) in a checkpoint, or metrics.jsonl."""
+    row = tally(f"no space left for the {what}")
+    process = run.start()
+    run.wait_for_step(12, process)
+    process.kill()
+    process.communicate()
+    whole = checkpoint.newest_whole(run.out)[0]
+    limit = 2_000_000 if what == "checkpoint" else (run.out / "metrics.jsonl").stat().st_size + 500
+    done = run.finish(preexec_fn=lambda: limit_file_size(limit))
+    row.injected += 1
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    assert "File too large" in lines[0] or "No space" in lines[0]
+    assert checkpoint.newest_whole(run.out)[0] == whole
+    row.lost.append(run.lost())
+    assert run.finish().returncode == 0
+    run.check(expected)
+    row.survived += 1
+
+
+def test_an_out_dir_that_turns_read_only(run: Run, expected: Expected) -> None:
+    """The checkpoints' folder becomes a file, which stops even the superuser."""
+    row = tally("folder of checkpoints cannot be written")
+    process = run.start()
+    run.wait_for_step(7, process)
+    process.kill()
+    process.communicate()
+    checkpoints, aside = run.out / "checkpoints", run.out / "aside"
+    checkpoints.rename(aside)
+    checkpoints.write_text("")
+    row.injected += 1
+    done = run.finish()
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    checkpoints.unlink()
+    aside.rename(checkpoints)
+    row.lost.append(run.lost())
+    assert run.finish().returncode == 0
+    run.check(expected)
+    row.survived += 1
+
+
+@pytest.mark.parametrize("damage", ["vanishes", "is cut short"])
+def test_a_shard_that_goes_while_in_use(
+    fault_data: Path, tmp_path: Path, expected: Expected, damage: str
+) -> None:
+    row = tally(f"a shard {damage} while in use")
+    data = tmp_path / "data"
+    shutil.copytree(fault_data, data)
+    run = Run(data, tmp_path / "run")
+    process = run.start()
+    run.wait_for_step(8, process)
+    for shard in data.glob("*_train_*"):
+        if damage == "vanishes":
+            shard.unlink()
+        else:
+            os.truncate(shard, 1000)
+    row.injected += 1
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.count("\n") == 1
+    assert "gone or cut short" in errors
+    row.lost.append(run.lost())
+    shutil.copytree(fault_data, data, dirs_exist_ok=True)
+    assert run.finish().returncode == 0
+    run.check(expected)
+    row.survived += 1
+
+
+def test_a_clock_that_jumps_back(run: Run, expected: Expected, tmp_path: Path) -> None:
+    """time.time() falls by an hour at every call; what a step took is still positive."""
+    row = tally("the clock jumps back an hour")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import itertools, time\nreal, hours = time.time, itertools.count()\n"
+        "time.time = lambda: real() - 3600 * next(hours)\n"
+    )
+    row.injected += 1
+    done = run.finish(env={**environment(), "PYTHONPATH": str(tmp_path / "site")})
+    assert done.returncode == 0, done.stderr
+    run.check(expected)
+    times = [r["step_ms"] for r in metrics.read(run.out / "metrics.jsonl") if r["kind"] == "train"]
+    assert min(times) > 0
+    row.survived += 1
+
+
+def test_a_second_run_in_one_folder_is_refused(run: Run, expected: Expected) -> None:
+    row = tally("a second run in the same folder")
+    process = run.start()
+    run.wait_for_step(2, process)
+    row.injected += 1
+    second = run.finish()
+    assert second.returncode == 2
+    assert "another process is training into it" in second.stderr
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    run.check(expected)
+    row.survived += 1
+
+
+def rank_processes(run: Run) -> dict[int, int]:
+    """Rank -> process id of a run's training processes under torchrun."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+            if str(run.out).encode() in line and b"torch.distributed.run" not in line:
+                variables = dict(
+                    v.split(b"=", 1) for v in (folder / "environ").read_bytes().split(b"\0") if v
+                )
+                found[int(variables[b"RANK"])] = int(folder.name)
+        except (OSError, KeyError):
+            continue
+    return found
+
+
+def close(records: Expected) -> list[object]:
+    """Losses of a history to within what the order of adding makes of them."""
+    return [pytest.approx(r["loss"], abs=2e-4) for r in records]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_replaced(run: Run, expected: Expected, victim: int) -> None:
+    """torchrun --max-restarts with --resume: the run ends as if nothing had happened."""
+    row = tally("SIGKILL of one rank of two, --max-restarts")
+    launcher = ["--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    process = run.start(*launcher, nproc=2)
+    run.wait_for_step(random.randint(10, 60), process)
+    os.kill(rank_processes(run)[victim], signal.SIGKILL)
+    row.injected += 1
+    row.lost.append(run.lost())
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    records = history(run.out)
+    assert [(r["step"], r["kind"]) for r in records] == [(r["step"], r["kind"]) for r in expected]
+    assert [r["loss"] for r in records] == close(expected)
+    row.survived += 1
+
+
+def test_a_run_moves_between_numbers_of_processes(run: Run, expected: Expected) -> None:
+    """Begun on two processes, continued on one and on four: the same order of data."""
+    row = tally("two processes, then one, then four")
+    for nproc, until in ((2, 20), (0, 40)):
+        process = run.start(nproc=nproc)
+        run.wait_for_step(until, process)
+        os.kill(rank_processes(run)[0] if nproc else process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+        row.injected += 1
+        row.lost.append(run.lost())
+    assert run.finish(nproc=4).returncode == 0
+    records = history(run.out)
+    assert [(r["step"], r["kind"]) for r in records] == [(r["step"], r["kind"]) for r in expected]
+    assert [r["loss"] for r in records] == close(expected)
+    row.survived += 2
+
+
+def test_two_machines_lose_one_and_get_it_back(run: Run, expected: Expected) -> None:
+    """Two torchrun agents with a rendezvous between them; one machine dies and is started again."""
+    row = tally("SIGKILL of one machine of two")
+    port = random.randint(20_000, 50_000)
+    meeting = [
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_backend=c10d",
+        "--rdzv_id=faults",
+        "--local_addr=127.0.0.1",
+    ]
+    launcher = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", *meeting]
+
+    def start() -> subprocess.Popen:
+        return run.start(*launcher, nproc=1, start_new_session=True)
+
+    first = start()
+    time.sleep(1)  # the first to come holds the meeting place
+    second = start()
+    run.wait_for_step(10, first)
+    own = [pid for pid in rank_processes(run).values() if parent(pid) == second.pid]
+    second.kill()
+    for pid in own:
+        os.kill(pid, signal.SIGKILL)
+    row.injected += 1
+    row.lost.append(run.lost())
+    second.communicate()
+    again = start()
+    for process in (first, again):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+    records = history(run.out)
+    assert [(r["step"], r["kind"]) for r in records] == [(r["step"], r["kind"]) for r in expected]
+    assert [r["loss"] for r in records] == close(expected)
+    row.survived += 1
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def test_no_token_is_ever_written(run: Run, fault_data: Path) -> None:
+    """A login in the environment appears in nothing that a run prints or writes, an error included."""
+    secret = "hf_" + "".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=34))
+    env = {**environment(), "HF_TOKEN": secret, "WANDB_API_KEY": secret}
+    small = Run(fault_data, run.out, max_steps=4, init_from="scratch")
+    done = small.finish(env=env)
+    assert done.returncode == 0, done.stderr
+    failed = Run(fault_data, run.out.with_name("failed"), init_from="nobody/nothing").finish(env=env)
+    assert failed.returncode == 2
+    written = [path.read_bytes() for path in run.out.rglob("*") if path.is_file()]
+    for content in (*written, *(text.encode() for text in (done.stdout, done.stderr, failed.stderr))):
+        assert secret.encode() not in content
+
+
+def test_the_undisturbed_run_is_whole(expected: Expected) -> None:
+    """What all others are held against: each step once, with finite losses that fall."""
+    steps = [r["step"] for r in expected if r["kind"] == "train"]
+    assert steps == list(range(1, STEPS + 1))
+    losses = np.array([r["loss"] for r in expected])
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0] - 1
