@@ -1,4 +1,6 @@
-"""Token shards on disk, and batches of them in one global order.
+"""Token shards: fetched from the Hub, checked, and read as batches in one global order.
+
+    python dataloader.py --num-shards 10     # fetch ahead what train_gpt2.py would fetch by itself
 
 A shard is a file NAME_{train,val}_NNNNNN.npy: one-dimensional uint16, each document preceded by 50256.
 The shards of a split make up one endless stream of sequences that is a pure function of (data, seed,
@@ -8,7 +10,9 @@ a run can be continued on another number of GPUs from nothing but its step, and 
 
 import functools
 import hashlib
-import re
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,13 +22,19 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
+import cli
+import hub
 from cli import UserError
+from pre_tokens import shards as shard_files
+from pre_tokens.shards import MANIFEST, SHARD_NAME
 from tokenizer import VOCAB_SIZE
 
 Split = Literal["train", "val"]
-SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)_(?P<number>\d{6})\.npy")
 SPOT_CHECK_TOKENS = 2**20
+PARALLEL_DOWNLOADS = 4
 
 
 @dataclass(frozen=True)
@@ -93,15 +103,10 @@ def find_shards(data_dir: Path, num_shards: int = 0) -> dict[Split, list[Shard]]
     """
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such folder: name one that holds shards with --data-dir")
-    named = [(match, path) for path in data_dir.iterdir() if (match := SHARD_NAME.fullmatch(path.name))]
-    # Validation comes first among shards of one number, as it does in the data sets that count both from 0.
-    named.sort(key=lambda item: (item[0]["number"], item[0]["split"] != "val", item[0]["name"]))
-    if num_shards:
-        named = named[:num_shards]
-    named.sort(key=lambda item: item[1].name)
+    names = shard_files.in_order(path.name for path in data_dir.iterdir() if SHARD_NAME.fullmatch(path.name))
     shards: dict[Split, list[Shard]] = {"train": [], "val": []}
-    for match, path in named:
-        shards[match["split"]].append(open_shard(path))
+    for name in sorted(names[: num_shards or None]):
+        shards[SHARD_NAME.fullmatch(name)["split"]].append(open_shard(data_dir / name))
     for split, found in shards.items():
         if not found:
             among = f" among the first {num_shards} (--num-shards)" if num_shards else ""
@@ -110,6 +115,182 @@ def find_shards(data_dir: Path, num_shards: int = 0) -> dict[Split, list[Shard]]
                 "shards with pre_tokens/handle_tokens.py"
             )
     return shards
+
+
+# ---------------------------------------------------------------- from the Hub
+
+
+def fetch(repo_id: str, data_dir: Path, num_shards: int = 0) -> None:
+    """Make `data_dir` hold the first `num_shards` shards (0: all) of a data set on the Hub.
+
+    What is there stays; a broken download goes on where it broke. Each file's length and sha256 are compared
+    with what the Hub and the data set's manifest say before it gets its name. The folder keeps a manifest of
+    the whole data set, so that a later call needs no network to see that nothing is missing. A folder of
+    other shards is left as it is.
+    Raises UserError where shards are missing and cannot be had, or are not what they should be.
+    """
+    manifest = shard_files.read_manifest(data_dir / MANIFEST)
+    if manifest and manifest.get("next"):
+        raise UserError(
+            f"--data-dir {data_dir}: half built: run pre_tokens/handle_tokens.py again to complete it"
+        )
+    if manifest and not shard_files.missing(data_dir, manifest, num_shards):
+        return
+    held = _shard_names(data_dir)
+    try:
+        revision, on_hub = _list_hub(repo_id)
+    except UserError as error:
+        if manifest or not held:
+            raise
+        print(
+            f"note: {data_dir} is taken as it is; whether it is whole is not known: {error}", file=sys.stderr
+        )
+        return
+    if manifest is None:
+        if held - set(on_hub):
+            return
+        manifest = _manifest_on_hub(repo_id, revision, on_hub)
+    for entry in manifest["shards"]:
+        _compare(entry, on_hub.get(entry["file"]), repo_id)
+    with shard_files.lock(data_dir):
+        shard_files.write_manifest(data_dir, manifest)
+        _download_all(
+            repo_id, revision, on_hub, data_dir, shard_files.missing(data_dir, manifest, num_shards)
+        )
+
+
+def _shard_names(folder: Path) -> set[str]:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {name for name in names if SHARD_NAME.fullmatch(name)}
+
+
+@dataclass(frozen=True)
+class HubFile:
+    path: str  # in the repository
+    n_bytes: int
+    sha256: str | None  # the Hub knows it of large files only
+
+
+def _list_hub(repo_id: str) -> tuple[str, dict[str, HubFile]]:
+    """The newest commit of a data set, and its shards and manifest by file name."""
+    from huggingface_hub import HfApi
+
+    elsewhere = "use --preset demo, or --data-dir with a folder of shards"
+    with hub.explained(f"--dataset-repo {repo_id}", elsewhere):
+        info = hub.patiently(lambda: HfApi().dataset_info(repo_id, files_metadata=True, timeout=30))
+    files = {}
+    for file in info.siblings:
+        name = file.rfilename.rsplit("/", 1)[-1]
+        if SHARD_NAME.fullmatch(name) or file.rfilename == MANIFEST:
+            files[name] = HubFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else None)
+    if not any(SHARD_NAME.fullmatch(name) for name in files):
+        raise UserError(f"--dataset-repo {repo_id}: holds no shards named NAME_{{train,val}}_NNNNNN.npy")
+    return info.sha, files
+
+
+def _manifest_on_hub(repo_id: str, revision: str, on_hub: dict[str, HubFile]) -> dict:
+    """The data set's manifest; where it has none, one of what the Hub lists."""
+    from huggingface_hub import hf_hub_download
+
+    if MANIFEST in on_hub:
+        what = f"--dataset-repo {repo_id}: {MANIFEST}"
+        with hub.explained(what):
+            path = hub.patiently(
+                lambda: hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=revision)
+            )
+        manifest = shard_files.read_manifest(Path(path), what)
+        if manifest:
+            return manifest
+    names = shard_files.in_order(name for name in on_hub if name != MANIFEST)
+    entries = [{"file": n, "bytes": on_hub[n].n_bytes, "sha256": on_hub[n].sha256} for n in names]
+    return {"source": {"kind": "shards", "repo_id": repo_id, "revision": revision}, "shards": entries}
+
+
+def _compare(entry: dict, file: HubFile | None, repo_id: str) -> None:
+    """Raise UserError unless the Hub has the shard that a manifest promises."""
+    if file is None:
+        raise UserError(f"--dataset-repo {repo_id}: has no {entry['file']}, which {MANIFEST} names")
+    hashes = {entry["sha256"], file.sha256} - {None}
+    if len(hashes) > 1 or entry["bytes"] != file.n_bytes:
+        raise UserError(
+            f"--dataset-repo {repo_id}: {entry['file']} is not the one that {MANIFEST} names: "
+            "use another --data-dir, or ask its owner to upload it again"
+        )
+
+
+def _download_all(
+    repo_id: str, revision: str, on_hub: dict[str, HubFile], data_dir: Path, entries: list[dict]
+) -> None:
+    from huggingface_hub import hf_hub_url
+
+    parts = {e["file"]: data_dir / f".{e['file']}.{(e['sha256'] or revision)[:12]}.part" for e in entries}
+    for stale in set(data_dir.glob(".*.npy.*.part")) - set(parts.values()):
+        stale.unlink()  # of another version of the data set
+    there = sum(part.stat().st_size for part in parts.values() if part.exists())
+    total = sum(entry["bytes"] for entry in entries)
+    free = shutil.disk_usage(data_dir).free
+    if total - there > free:
+        raise UserError(
+            f"--data-dir {data_dir}: {free / 1e9:.1f} GB free, the shards need {(total - there) / 1e9:.1f}: "
+            "make room, or lower --num-shards"
+        )
+    options = {"unit": "B", "unit_scale": True, "desc": f"{len(entries)} shards of {repo_id}"}
+    with tqdm(total=total, initial=there, **options) as bar, ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+        running = []
+        for entry in entries:
+            path = on_hub[entry["file"]].path
+            url = hf_hub_url(repo_id, path, repo_type="dataset", revision=revision)
+            running.append(pool.submit(_download, url, data_dir, parts[entry["file"]], entry, bar))
+        try:
+            for download in running:
+                download.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _NoBar(tqdm):
+    """The client's own bar for each file, not shown: there is one for all files."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+def _download(url: str, data_dir: Path, part: Path, entry: dict, bar: tqdm) -> None:
+    """Fetch what is missing of `part`, check the whole, and give it its name."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    name, n_bytes = entry["file"], entry["bytes"]
+
+    def go_on() -> None:
+        with open(part, "ab") as file:
+            counted = CallbackIOWrapper(bar.update, file, "write")
+            http_get(
+                url,
+                counted,
+                resume_size=file.tell(),
+                headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+                expected_size=n_bytes,
+                tqdm_class=_NoBar,
+            )
+
+    if part.exists() and part.stat().st_size > n_bytes:
+        part.unlink()
+    with hub.explained(name, "run the same command again to go on"):
+        hub.patiently(go_on)
+    if entry["sha256"] and shard_files.sha256_of(part) != entry["sha256"]:
+        part.unlink()
+        raise UserError(f"{name}: arrived with another sha256 than the Hub names: run the same command again")
+    try:
+        open_shard(part)
+    except UserError:
+        part.unlink()
+        raise
+    os.replace(part, data_dir / name)
+
+
+# ---------------------------------------------------------------- batches
 
 
 def fingerprint(shards: list[Shard]) -> str:
@@ -272,3 +453,34 @@ def _to_tensors(tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tenso
     whole = torch.from_numpy(tokens.astype(np.int64))
     x, y = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
     return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+
+@dataclass
+class FetchSettings:
+    dataset_repo: str
+    """A data set of token shards on the Hub, USER/NAME."""
+    data_dir: Path
+    """Folder for the shards."""
+    num_shards: int = 0
+    """Fetch the first so many, the validation shard included. 0: all."""
+
+
+def main() -> None:
+    from settings import PRESETS
+
+    record = PRESETS["gpt2-124m"]
+    default = FetchSettings(record.dataset_repo, record.data_dir)
+    s = cli.parse(FetchSettings, "Fetch token shards ahead of training, and check those there.", default)
+    fetch(s.dataset_repo, s.data_dir, s.num_shards)
+    shards = [shard for split in find_shards(s.data_dir, s.num_shards).values() for shard in split]
+    manifest = shard_files.read_manifest(s.data_dir / MANIFEST) or {"shards": []}
+    hashes = {entry["file"]: entry["sha256"] for entry in manifest["shards"]}
+    for shard in tqdm(shards, unit="shard", desc="checking", disable=None):
+        if hashes.get(shard.path.name) not in (None, shard_files.sha256_of(shard.path)):
+            raise UserError(f"{shard.path}: damaged: remove it and run the same command again")
+    tokens = sum(shard.n_tokens for shard in shards)
+    print(f"{len(shards)} shards, {tokens:,} tokens: {s.data_dir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

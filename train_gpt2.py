@@ -46,8 +46,10 @@ from settings import Settings, check_settings, read_settings
 
 def prepare_data(s: Settings) -> None:
     """See to it that there are shards in --data-dir."""
-    if s.dataset_repo == "builtin" and not s.data_dir.exists():
-        builtin_corpus.build(s.data_dir)
+    if s.dataset_repo == "builtin":
+        builtin_corpus.complete(s.data_dir)
+    else:
+        dataloader.fetch(s.dataset_repo, s.data_dir, s.num_shards)
     dataloader.find_shards(s.data_dir, s.num_shards)
 
 

@@ -6,31 +6,54 @@ from its source without importing it: about 0.6 M tokens of GPT-2's encoding.
 
 import ast
 import hashlib
-import shutil
+import platform
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
 
-import numpy as np
-
-import tokenizer
-from pre_tokens.shards import ShardWriter
+from pre_tokens import shards
 
 NOT_DOCUMENTATION = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+SHARD_SIZE = 60_000
+DOCUMENTS_A_BLOCK = 256
 
 
-def build(out_dir: Path, name: str = "builtin", shard_size: int = 60_000) -> None:
-    """Write the corpus as token shards into `out_dir`, which appears when all of them are there."""
-    unfinished = out_dir.with_name(f".{out_dir.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    enc = tokenizer.get_encoding()
-    writer = ShardWriter(unfinished, name, shard_size)
-    for text in documents():
-        writer.add(np.array([tokenizer.END_OF_TEXT_ID, *enc.encode_ordinary(text)], dtype=np.uint16))
-    writer.close()
-    unfinished.rename(out_dir)
+class BuiltinCorpus:
+    """The documents as a source of shards."""
+
+    def __init__(self) -> None:
+        self.texts = list(documents())
+        self.size = sum(map(len, self.texts))
+
+    def describe(self) -> dict[str, object]:
+        """Each version of Python has texts of its own."""
+        return {"kind": "builtin", "python": platform.python_version(), "characters": self.size}
+
+    def blocks(self, file: int, block: int) -> Iterator[shards.Block]:
+        """The blocks from this one on; there is only one file."""
+        for number in range(block, -(-len(self.texts) // DOCUMENTS_A_BLOCK)):
+            end = (number + 1) * DOCUMENTS_A_BLOCK
+            done = sum(map(len, self.texts[:end]))
+            yield shards.Block(file, number, self.texts[end - DOCUMENTS_A_BLOCK : end], done)
+
+
+def complete(out_dir: Path) -> None:
+    """Make `out_dir` hold the corpus as token shards, also where an earlier call was cut off.
+
+    A folder that holds shards of something else stays as it is.
+    """
+    manifest = shards.read_manifest(out_dir / shards.MANIFEST)
+    if manifest is None:
+        others = out_dir.is_dir() and any(
+            shards.SHARD_NAME.fullmatch(path.name) for path in out_dir.iterdir()
+        )
+    else:
+        others = manifest.get("source", {}).get("kind") != "builtin"
+    whole = manifest is not None and manifest.get("next") is None and not shards.missing(out_dir, manifest)
+    if not (others or whole):
+        shards.build(BuiltinCorpus(), out_dir, "builtin", SHARD_SIZE)
 
 
 def documents() -> Iterator[str]:

@@ -1,44 +1,84 @@
 """Text to token shards.
 
-python pre_tokens/handle_tokens.py --source builtin --out-dir data/builtin
+    python pre_tokens/handle_tokens.py                                    # FineWeb-Edu, 10 billion tokens
+    python pre_tokens/handle_tokens.py --files 'books/*.txt' --name books --out-dir data/books
+    python pre_tokens/handle_tokens.py --repo-id USER/NAME --text-column text --name mine --out-dir data/mine
+    python pre_tokens/handle_tokens.py --source builtin --out-dir data/builtin
+
+Interrupted, the same command goes on after the last whole shard.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules beside this folder
 
 import cli
-import tokenizer
-from pre_tokens import builtin_corpus
-from pre_tokens.shards import ShardWriter
+from cli import UserError
+from pre_tokens import builtin_corpus, shards, sources
+
+FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9")
 
 
 @dataclass
 class Settings:
-    source: Literal["builtin"] = "builtin"
-    """Where the text comes from. builtin: the documentation that Python itself carries."""
-    out_dir: Path = Path("data/builtin")
+    source: Literal["fineweb-edu", "builtin"] = "fineweb-edu"
+    """Where the text comes from, unless --files or --repo-id says so. fineweb-edu: sample-10BT of
+    HuggingFaceFW/fineweb-edu, streamed from the Hub. builtin: the documentation that Python carries."""
+    files: list[str] = field(default_factory=list)
+    """Files and globs on this machine: .txt, .jsonl, .jsonl.gz, .parquet."""
+    document_separator: str = ""
+    """What stands between the documents of a .txt file; \\n and \\t are a newline and a tab. Empty: each file
+    is one document."""
+    repo_id: str = ""
+    """A data set on the Hub with parquet files, USER/NAME."""
+    subset: str = ""
+    """The part of --repo-id to take: a configuration that its page names, or a folder. Empty: all."""
+    revision: str = "main"
+    """Branch, tag or commit of --repo-id. FineWeb-Edu has one commit unless another is given."""
+    text_column: str = "text"
+    """Where the text stands in .jsonl and .parquet files."""
+    out_dir: Path = Path("data/fineweb-edu-10b")
     """Folder for the shards."""
-    name: str = "builtin"
-    """First part of the shards' file names."""
-    shard_size: int = 60_000
-    """Tokens a shard; the first shard is for validation."""
+    name: str = ""
+    """First part of the shards' file names. Empty: edufineweb or builtin, else the folder's own name."""
+    shard_size: int = 0
+    """Tokens a shard; the first shard is for validation. 0: 100 million, 60,000 for builtin."""
+    workers: int = 0
+    """Threads that encode. 0: one a core."""
 
 
 def main() -> None:
     settings = cli.parse(Settings, "Turn text into token shards for train_gpt2.py.")
-    enc = tokenizer.get_encoding()
-    writer = ShardWriter(settings.out_dir, settings.name, settings.shard_size)
-    for text in builtin_corpus.documents():
-        writer.add(np.array([tokenizer.END_OF_TEXT_ID, *enc.encode_ordinary(text)], dtype=np.uint16))
-    writer.close()
-    total = (len(writer.paths) - 1) * settings.shard_size + np.load(writer.paths[-1], mmap_mode="r").size
-    print(f"{total:,} tokens in {len(writer.paths)} shards: {settings.out_dir}")
+    source, name = choose_source(settings)
+    builtin = isinstance(source, builtin_corpus.BuiltinCorpus)
+    shard_size = settings.shard_size or (builtin_corpus.SHARD_SIZE if builtin else 100_000_000)
+    manifest = shards.build(source, settings.out_dir, name, shard_size, settings.workers)
+    print(
+        f"{manifest['tokens']:,} tokens of {manifest['documents']:,} documents in {len(manifest['shards'])} "
+        f"shards: {settings.out_dir} ({manifest['skipped']:,} documents without text skipped)"
+    )
+
+
+def choose_source(s: Settings) -> tuple[shards.Source, str]:
+    """The source that the settings name, and the name for its shards."""
+    if s.files and s.repo_id:
+        raise UserError("--files --repo-id: two sources: leave one out")
+    own_name = s.name or s.out_dir.name
+    if not shards.SHARD_NAME.fullmatch(f"{own_name}_val_000000.npy"):
+        raise UserError(f"--name {own_name}: cannot begin a file name: use letters, digits, - and _")
+    if s.files:
+        separator = s.document_separator.replace("\\n", "\n").replace("\\t", "\t")
+        return sources.local(s.files, s.text_column, separator), own_name
+    if s.repo_id:
+        return sources.on_hub(s.repo_id, s.subset, s.revision, s.text_column), own_name
+    if s.source == "builtin":
+        return builtin_corpus.BuiltinCorpus(), s.name or "builtin"
+    repo_id, subset, commit = FINEWEB_EDU
+    revision = commit if s.revision == "main" else s.revision
+    return sources.on_hub(repo_id, s.subset or subset, revision, s.text_column), s.name or "edufineweb"
 
 
 if __name__ == "__main__":
