@@ -278,7 +278,7 @@ def _download(url: str, data_dir: Path, part: Path, entry: dict, bar: tqdm) -> N
     if part.exists() and part.stat().st_size > n_bytes:
         part.unlink()
     with hub.explained(name, "run the same command again to go on"):
-        hub.patiently(go_on)
+        hub.patiently(go_on, retry_on=hub.SERVER_TROUBLE)  # the client itself waits out the others
     if entry["sha256"] and shard_files.sha256_of(part) != entry["sha256"]:
         part.unlink()
         raise UserError(f"{name}: arrived with another sha256 than the Hub names: run the same command again")

@@ -5,7 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from cli import UserError
 
@@ -14,7 +19,8 @@ T = TypeVar("T")
 # The client's own base of all that can go wrong with a request: of httpx, or from version 2 on of httpx2.
 HTTPError = HfHubHTTPError.__bases__[0]
 CONFLICTS = (409, 412)  # somebody else has committed meanwhile
-PASSING = (408, 429, 500, 502, 503, 504)
+SERVER_TROUBLE = (500, 502, 503, 504)
+PASSING = (408, 429, *SERVER_TROUBLE)
 LONGEST_WAIT = 300  # seconds; the Hub counts requests in windows of five minutes
 
 
@@ -29,27 +35,30 @@ def explained(what: str, when_unreachable: str = "try again later") -> Iterator[
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else "no network"
         raise UserError(f"{what}: the Hub cannot be reached ({reason}): {when_unreachable}") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 404):
-            reason = "not on the Hub, or not open to this login: check the name, or set HF_TOKEN"
-        elif status == 403:
-            reason = "this token has no right to it: use one with write access, or another name"
-        elif status == 429:
-            reason = "the Hub asks for fewer requests: wait five minutes; HF_TOKEN raises the limit"
-        elif status in CONFLICTS:
-            reason = "somebody else keeps changing it: run the same command again"
-        else:
-            reason = "the Hub is in trouble: run the same command again later"
-        raise UserError(f"{what}: HTTP {status}: {reason}") from error
-    except HTTPError as error:
-        reason = type(error).__name__
-        raise UserError(f"{what}: the Hub cannot be reached ({reason}): {when_unreachable}") from error
-    except ValueError as error:
-        # The client checks names before it asks; its message says what a name may look like.
-        if type(error).__name__ != "HFValidationError":
-            raise
-        raise UserError(f"{what}: {str(error).splitlines()[0]}") from error
+    except HFValidationError as error:
+        raise UserError(f"{what}: not a name on the Hub: {str(error).splitlines()[0]}") from error
+    except (HTTPError, RuntimeError) as error:
+        # The client wraps what goes wrong while it uploads a file.
+        cause = error if isinstance(error, HTTPError) else error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            raise UserError(f"{what}: HTTP {status}: {_advice(status)}") from error
+        if isinstance(cause, HTTPError):
+            reason = type(cause).__name__
+            raise UserError(f"{what}: the Hub cannot be reached ({reason}): {when_unreachable}") from error
+        raise
+
+
+def _advice(status: int) -> str:
+    if status in (401, 404):
+        return "not on the Hub, or not open to this login: check the name, or set HF_TOKEN"
+    if status == 403:
+        return "this token has no right to it: use one with write access, or another name"
+    if status == 429:
+        return "the Hub asks for fewer requests: wait five minutes; HF_TOKEN raises the limit"
+    if status in CONFLICTS:
+        return "somebody else keeps changing it: run the same command again"
+    return "the Hub is in trouble: run the same command again later"
 
 
 def patiently(call: Callable[[], T], tries: int = 5, retry_on: tuple[int, ...] = PASSING) -> T:

@@ -213,7 +213,7 @@ def _write_shards(source: Source, out_dir: Path, manifest: dict, workers: int) -
         filled = 0
 
     with tqdm(total=source.size, unit="B", unit_scale=True, desc=manifest["name"], disable=None) as bar:
-        for block, ids, empty in _encoded(source.blocks(start.file, start.block), workers):
+        for block, ids, empty in encoded(source.blocks(start.file, start.block), workers):
             used = start.token if (block.file, block.number) == (start.file, start.block) else 0
             documents += int(np.count_nonzero(ids[used:] == tokenizer.END_OF_TEXT_ID))
             tokens += len(ids) - used
@@ -255,7 +255,7 @@ def _save(out_dir: Path, name: str, number: int, tokens: np.ndarray) -> dict[str
     return entry
 
 
-def _encoded(blocks: Iterator[Block], workers: int) -> Iterator[tuple[Block, np.ndarray, int]]:
+def encoded(blocks: Iterator[Block], workers: int) -> Iterator[tuple[Block, np.ndarray, int]]:
     """Each block with its tokens, in order: read by one thread, encoded by `workers`, a few blocks ahead.
 
     Threads do, and need no copies: tiktoken works outside Python's lock.

@@ -1,0 +1,362 @@
+"""Shards to the Hub and back, through the real client and a Hub on a loopback port."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, as_flags, command
+from huggingface_hub import constants
+from loopback_hub import TOKEN, LoopbackHub
+
+import dataloader
+import hub as hub_module
+from cli import UserError
+from pre_tokens import shards, sources, transfer_tokens_hf
+
+REPO = "ann/words"
+TRANSFER = "pre_tokens/transfer_tokens_hf.py"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    with LoopbackHub() as running:
+        running.patch(monkeypatch, tmp_path)
+        monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+        # The client keeps what it has in steps of this size: the real one is 10 MB.
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five shards of random words, with their manifest."""
+    words = np.random.default_rng(0).choice(["tell", " me", " a", " story", "\n", " 12"], 60_000)
+    (tmp_path / "words.txt").write_text("".join(words))
+    shards.build(sources.local([str(tmp_path / "words.txt")], "text"), tmp_path / "words", "words", 12_500)
+    assert len(list((tmp_path / "words").glob("*.npy"))) == 5
+    return tmp_path / "words"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def publish(hub: LoopbackHub, folder: Path, manifest: bool = True) -> None:
+    files = contents(folder)
+    if not manifest:
+        del files["manifest.json"]
+    hub.put(REPO, files, "dataset")
+
+
+def upload(folder: Path, **settings: object) -> None:
+    args = ["--folder", str(folder), "--repo-id", REPO, *as_flags(settings)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["transfer", *args])
+        transfer_tokens_hf.main()
+
+
+def script(
+    hub: LoopbackHub, home: Path, name: str, *args: str, **env: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(name, *args), env=environment(hub, home, **env), capture_output=True, text=True, timeout=120
+    )
+
+
+def environment(hub: LoopbackHub, home: Path, **env: str) -> dict[str, str]:
+    from conftest import environment
+
+    return {**environment(), **hub.environment(home), **env}
+
+
+# ---------------------------------------------------------------- there and back
+
+
+def test_text_to_the_hub_and_back_to_training(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+    done = script(hub, tmp_path, TRANSFER, "--folder", str(folder), "--repo-id", REPO)
+    assert done.returncode == 0, done.stderr
+    assert hub.repo(REPO, "dataset").files == contents(folder)
+    assert TOKEN not in done.stdout + done.stderr
+    settings = {**TINY, "data_dir": tmp_path / "back", "dataset_repo": REPO, "out_dir": tmp_path / "run"}
+    flags = as_flags({**settings, "max_steps": 2, "sample_interval": 0})
+    done = script(hub, tmp_path, "train_gpt2.py", "--preset", "demo", *flags)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "back") == contents(folder)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_only_what_is_needed_then_the_rest(
+    tmp_path: Path, hub: LoopbackHub, folder: Path, manifest: bool
+) -> None:
+    publish(hub, folder, manifest)
+    back = tmp_path / "back"
+    dataloader.fetch(REPO, back, num_shards=2)
+    names = ["words_train_000001.npy", "words_val_000000.npy"]
+    assert sorted(path.name for path in back.glob("*.npy")) == names
+    before = len(hub.requests)
+    dataloader.fetch(REPO, back, num_shards=2)
+    assert len(hub.requests) == before  # whole: the Hub is not asked
+    dataloader.fetch(REPO, back)  # half: completed
+    assert {k: v for k, v in contents(back).items() if k.endswith(".npy")} == {
+        k: v for k, v in contents(folder).items() if k.endswith(".npy")
+    }
+    assert all(len(hub.downloads(name)) == 1 for name in names)
+    assert not list(back.glob(".*.part"))
+
+
+def test_half_a_folder_without_a_manifest_is_completed(
+    tmp_path: Path, hub: LoopbackHub, folder: Path
+) -> None:
+    publish(hub, folder, manifest=False)
+    back = tmp_path / "back"
+    back.mkdir()
+    for name in ("words_val_000000.npy", "words_train_000002.npy"):
+        (back / name).write_bytes((folder / name).read_bytes())
+    dataloader.fetch(REPO, back)
+    assert len(list(back.glob("*.npy"))) == 5
+    assert hub.downloads("words_val_000000.npy") == []
+
+
+def test_shards_of_ones_own_are_left_alone(
+    hub: LoopbackHub, folder: Path, data_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    publish(hub, folder)
+    before = contents(data_dir)
+    dataloader.fetch(REPO, data_dir)
+    hub.fail("/api/", status=503, times=99)
+    dataloader.fetch(REPO, data_dir)
+    assert "is taken as it is" in capsys.readouterr().err
+    assert contents(data_dir) == before
+
+
+# ---------------------------------------------------------------- what goes wrong on the way down
+
+
+def test_a_broken_connection_goes_on_where_it_broke(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+    publish(hub, folder)
+    hub.fail("/cdn/", break_after=10_500, times=3)
+    dataloader.fetch(REPO, tmp_path / "back", num_shards=2)
+    ranges = hub.downloads("words_val_000000.npy") + hub.downloads("words_train_000001.npy")
+    assert any(r == "bytes=10000-" for r in ranges), ranges
+    assert contents(tmp_path / "back").items() <= contents(folder).items()
+
+
+def test_a_killed_fetch_goes_on_where_it_was(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+    """Killed at random moments, with a slow connection: the same bytes, and no byte twice but a buffer's."""
+    publish(hub, folder)
+    big = np.random.default_rng(1).integers(0, 50257, 8_000_000).astype(np.uint16)
+    np.save(folder / "words_train_000005.npy", big)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    path = folder / "words_train_000005.npy"
+    manifest["shards"].append(
+        {"file": path.name, "bytes": path.stat().st_size, "sha256": shards.sha256_of(path)}
+    )
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    publish(hub, folder)
+    hub.bytes_per_second = 12e6
+    back = tmp_path / "back"
+    kills = 0
+    while True:
+        args = ["--dataset-repo", REPO, "--data-dir", str(back)]
+        process = subprocess.Popen(command("dataloader.py", *args), env=environment(hub, tmp_path))
+        try:
+            process.wait(random.uniform(2.0, 4.5) if kills < 2 else 100)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert process.returncode == 0
+        break
+    assert contents(back) == contents(folder)
+
+
+def test_wrong_bytes_never_get_a_name(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+    publish(hub, folder)
+    hub.fail("/cdn/", wrong_bytes=True, times=1)
+    with pytest.raises(UserError, match=r"words_\w+.npy: arrived with another sha256"):
+        dataloader.fetch(REPO, tmp_path / "back")
+    dataloader.fetch(REPO, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(folder)
+
+
+def test_a_manifest_that_the_files_do_not_match(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+    publish(hub, folder)
+    hub.put(REPO, {"words_train_000002.npy": b"other"}, "dataset")
+    with pytest.raises(UserError, match=r"words_train_000002.npy is not the one that manifest.json names"):
+        dataloader.fetch(REPO, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["../up_train_000001.npy", "/tmp/up_train_000001.npy", "..", "a/b_train_000001.npy"]
+)
+def test_no_name_leads_out_of_the_folder(tmp_path: Path, hub: LoopbackHub, folder: Path, file: str) -> None:
+    publish(hub, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][1]["file"] = file
+    hub.put(REPO, {"manifest.json": json.dumps(manifest).encode()}, "dataset")
+    with pytest.raises(UserError, match="not a manifest of shards"):
+        dataloader.fetch(REPO, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "times", "message"),
+    [
+        (401, 99, "HTTP 401: not on the Hub, or not open to this login: check the name, or set HF_TOKEN"),
+        (404, 99, "HTTP 404: not on the Hub"),
+        (429, 99, "HTTP 429: the Hub asks for fewer requests"),
+        (503, 99, "HTTP 503: the Hub is in trouble"),
+        (429, 2, ""),
+        (503, 2, ""),
+    ],
+)
+@pytest.mark.parametrize("path", ["/api/datasets", "/resolve/.*npy"])
+def test_what_the_hub_refuses(
+    tmp_path: Path, hub: LoopbackHub, folder: Path, path: str, status: int, times: int, message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What passes is waited for; what stays is one line, and leaves no shard and no part."""
+    publish(hub, folder)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.fail(path, status=status, times=times)
+    if not message:
+        dataloader.fetch(REPO, tmp_path / "back")
+        assert contents(tmp_path / "back") == contents(folder)
+        return
+    with pytest.raises(UserError, match=message):
+        dataloader.fetch(REPO, tmp_path / "back")
+    assert not list(tmp_path.glob("back/*.npy"))
+
+
+def test_without_a_network(tmp_path: Path, hub: LoopbackHub) -> None:
+    flags = as_flags({"data_dir": tmp_path / "none", "out_dir": tmp_path / "run", "device": "cpu"})
+    for env in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        done = script(hub, tmp_path, "train_gpt2.py", *flags, **env)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        for part in (
+            "ShallowU/FineWeb-Edu-10B-Tokens-NPY",
+            "cannot be reached",
+            "--preset demo",
+            "--data-dir",
+        ):
+            assert part in done.stderr
+    assert not (tmp_path / "none").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_half_built_folder_is_no_data_set(tmp_path: Path, folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["next"] = {"file": 0, "block": 1, "token": 0, "skipped": 0}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="half built"):
+        dataloader.fetch(REPO, folder)
+    with pytest.raises(UserError, match="half built"):
+        upload(folder)
+
+
+# ---------------------------------------------------------------- the way up
+
+
+def test_what_is_there_is_not_sent_again(
+    hub: LoopbackHub, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    files = contents(folder)
+    stale = {"words_train_000001.npy": files["words_train_000001.npy"][:-2]}
+    hub.put(REPO, {"words_val_000000.npy": files["words_val_000000.npy"], **stale}, "dataset")
+    upload(folder, dry_run=True)
+    listed = capsys.readouterr().out
+    assert "there  words_val_000000.npy" in listed
+    assert "send   words_train_000001.npy" in listed
+    assert "4 of 5 shards to send" in listed
+    assert len(hub.repo(REPO, "dataset").commits) == 2
+    upload(folder)
+    assert hub.repo(REPO, "dataset").files == files
+    sent = [path for method, path, _ in hub.requests if method == "PUT"]
+    assert len(sent) == 4
+    upload(folder)
+    assert len([path for method, path, _ in hub.requests if method == "PUT"]) == 4
+
+
+@pytest.mark.parametrize("status", [409, 412, 429, 503])
+def test_a_commit_that_meets_another_is_made_again(hub: LoopbackHub, folder: Path, status: int) -> None:
+    hub.fail("/commit/", status=status, times=2)
+    upload(folder)
+    assert hub.repo(REPO, "dataset").files == contents(folder)
+    hub.put(REPO, {"words_val_000000.npy": b"x"}, "dataset")
+    hub.fail("/commit/", status=status, times=99)
+    with pytest.raises(UserError, match=f"--repo-id {REPO}: HTTP {status}"):
+        upload(folder)
+
+
+def test_an_interrupted_upload_goes_on(
+    hub: LoopbackHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards first, the manifest last: a data set with a manifest is whole."""
+    monkeypatch.setattr(transfer_tokens_hf, "SHARDS_A_COMMIT", 2)
+    hub.fail("/lfs/", status=400, times=1)
+    hub.fail("/commit/", status=403, times=1)
+    for _ in range(2):
+        with pytest.raises(UserError, match="HTTP 40[03]"):
+            upload(folder)
+        assert "manifest.json" not in hub.repo(REPO, "dataset").files
+    upload(folder)
+    repo = hub.repo(REPO, "dataset")
+    assert repo.files == contents(folder)
+    assert repo.titles[-1] == "Add the manifest"
+    assert len([path for method, path, _ in hub.requests if method == "PUT"]) <= 5 + 1
+
+
+def test_login_and_rights(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+    flags = ["--folder", str(folder), "--repo-id"]
+    for repo_id, token, message in (
+        (REPO, "", "no token: set HF_TOKEN"),
+        (REPO, "hf_" + "x" * 30, "HTTP 401"),
+        ("bob/words", TOKEN, "HTTP 403: this token has no right to it"),
+        ("no/such/name", TOKEN, "--repo-id no/such/name"),
+    ):
+        done = script(hub, tmp_path, TRANSFER, *flags, repo_id, HF_TOKEN=token)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr and done.stderr.count("\n") == 1
+        assert not token or token not in done.stdout + done.stderr
+    assert not hub.repos
+
+
+def test_a_damaged_shard_is_not_sent(hub: LoopbackHub, folder: Path) -> None:
+    path = folder / "words_train_000003.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"words_train_000003.npy: not as manifest.json has it"):
+        upload(folder)
+    assert not hub.repos
+
+
+def test_fetching_again_finds_damage(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+    path = folder / "words_train_000003.npy"
+    data = bytearray(path.read_bytes())
+    data[-1001] ^= 1
+    path.write_bytes(data)
+    done = script(hub, tmp_path, "dataloader.py", "--dataset-repo", REPO, "--data-dir", str(folder))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {path}: damaged")
+
+
+def test_two_machines_fetch_into_one_folder(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+    publish(hub, folder)
+    args = ["--dataset-repo", REPO, "--data-dir", str(tmp_path / "back")]
+    processes = [
+        subprocess.Popen(command("dataloader.py", *args), env=environment(hub, tmp_path), cwd=ROOT)
+        for _ in range(2)
+    ]
+    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    assert contents(tmp_path / "back") == contents(folder)
+    assert all(len(hub.downloads(path.name)) == 1 for path in folder.glob("*.npy"))
