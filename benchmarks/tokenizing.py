@@ -3,9 +3,9 @@
     python benchmarks/tokenizing.py                        # the built-in corpus, ten times over
     python benchmarks/tokenizing.py --files 'books/*.txt'
 
-Both sides take the same documents on the same number of cores, in turn, several rounds; the pool is the usual
-way: multiprocessing with `np.array(enc.encode_ordinary(text))` and `imap(chunksize=16)`. Neither writes files,
-and both give the same tokens.
+Both sides take the same documents on the same number of cores, in turn, several rounds. The pool is the
+usual way: multiprocessing with `np.array(enc.encode_ordinary(text))` and `imap(chunksize=16)`. Neither writes
+files, and both give the same tokens.
 """
 
 import multiprocessing
