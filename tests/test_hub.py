@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, as_flags, command
+from helpers import ROOT, TINY, as_flags, command
 from huggingface_hub import constants
 from loopback_hub import TOKEN, LoopbackHub
 
@@ -70,7 +70,7 @@ def script(
 
 
 def environment(hub: LoopbackHub, home: Path, **env: str) -> dict[str, str]:
-    from conftest import environment
+    from helpers import environment
 
     return {**environment(), **hub.environment(home), **env}
 
@@ -148,8 +148,23 @@ def test_a_broken_connection_goes_on_where_it_broke(tmp_path: Path, hub: Loopbac
     assert contents(tmp_path / "back").items() <= contents(folder).items()
 
 
-def test_a_killed_fetch_goes_on_where_it_was(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
-    """Killed at random moments, with a slow connection: the same bytes, and no byte twice but a buffer's."""
+def test_the_part_that_a_kill_leaves_is_not_fetched_again(
+    tmp_path: Path, hub: LoopbackHub, folder: Path
+) -> None:
+    publish(hub, folder)
+    name, back = "words_val_000000.npy", tmp_path / "back"
+    data = (folder / name).read_bytes()
+    back.mkdir()
+    (back / f".{name}.{shards.sha256_of(folder / name)[:12]}.part").write_bytes(data[:12_345])
+    (back / f".{name}.{'0' * 12}.part").write_bytes(b"of another version")
+    dataloader.fetch(REPO, back)
+    assert hub.downloads(name) == ["bytes=12345-"]
+    assert contents(back) == contents(folder)
+
+
+def test_a_fetch_killed_at_random_moments_ends_with_the_same_bytes(
+    tmp_path: Path, hub: LoopbackHub, folder: Path
+) -> None:
     publish(hub, folder)
     big = np.random.default_rng(1).integers(0, 50257, 8_000_000).astype(np.uint16)
     np.save(folder / "words_train_000005.npy", big)
@@ -305,7 +320,7 @@ def test_an_interrupted_upload_goes_on(
     hub.fail("/lfs/", status=400, times=1)
     hub.fail("/commit/", status=403, times=1)
     for _ in range(2):
-        with pytest.raises(UserError, match="HTTP 40[03]"):
+        with pytest.raises(UserError, match=r"HTTP 40[03]"):
             upload(folder)
         assert "manifest.json" not in hub.repo(REPO, "dataset").files
     upload(folder)

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 import transformers
-from conftest import ROOT, command, environment, run_script
+from helpers import ROOT, command, environment, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback_hub import LoopbackHub
