@@ -24,7 +24,8 @@ class Settings:
     data_dir: Path = Path("data/fineweb-edu-10b")
     """Folder of token shards, NAME_{train,val}_NNNNNN.npy."""
     dataset_repo: str = "ShallowU/FineWeb-Edu-10B-Tokens-NPY"
-    """Where missing shards come from. builtin: made from the documentation that Python carries."""
+    """Where missing shards come from: a data set on the Hub. builtin: made from the documentation that Python
+    carries. none: only what --data-dir holds."""
     num_shards: int = 0
     """Use the first so many shards of the data set, the validation shard included. 0: all."""
     shuffle: bool = True

@@ -48,7 +48,7 @@ def prepare_data(s: Settings) -> None:
     """See to it that there are shards in --data-dir."""
     if s.dataset_repo == "builtin":
         builtin_corpus.complete(s.data_dir)
-    else:
+    elif s.dataset_repo != "none":
         dataloader.fetch(s.dataset_repo, s.data_dir, s.num_shards)
     dataloader.find_shards(s.data_dir, s.num_shards)
 

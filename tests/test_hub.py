@@ -132,7 +132,7 @@ def test_shards_of_ones_own_are_left_alone(
     dataloader.fetch(REPO, data_dir)
     hub.fail("/api/", status=503, times=99)
     dataloader.fetch(REPO, data_dir)
-    assert "is taken as it is" in capsys.readouterr().err
+    assert "is taken as it is" in capsys.readouterr().out
     assert contents(data_dir) == before
 
 
