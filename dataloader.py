@@ -141,9 +141,7 @@ def fetch(repo_id: str, data_dir: Path, num_shards: int = 0) -> None:
     except UserError as error:
         if manifest or not held:
             raise
-        print(
-            f"note: {data_dir} is taken as it is; whether it is whole is not known: {error}", file=sys.stderr
-        )
+        print(f"note: {data_dir} is taken as it is, whole or not: {error}")
         return
     if manifest is None:
         if held - set(on_hub):
