@@ -189,7 +189,9 @@ def test_padding_is_never_sampled() -> None:
 def test_greedy_decoding_equals_transformers(reference: transformers.GPT2LMHeadModel, folder: Path) -> None:
     ours = GPT.from_pretrained(folder)
     idx = torch.randint(101, (3, 5))
-    expected = reference.generate(idx, max_new_tokens=19, do_sample=False, pad_token_id=0)
+    # The mask is given, as transformers would take the id 0 for padding where a prompt holds it.
+    options = {"attention_mask": torch.ones_like(idx), "pad_token_id": 0}
+    expected = reference.generate(idx, max_new_tokens=19, do_sample=False, **options)
     assert torch.equal(ours.generate(idx, 19, temperature=0), expected)
 
 
