@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -46,6 +47,16 @@ class GPTConfig:
     @property
     def embedding_rows(self) -> int:
         return max(self.vocab_size, self.padded_vocab_size)
+
+
+class Attention(Protocol):
+    """Attention of another pattern than causal, over more than the tokens of one call."""
+
+    def append(self, T: int, device: torch.device) -> Tensor:
+        """Called once for T tokens a row; returns their positions, (B or 1, T)."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Called for each layer with q, k and v of these tokens, (B, n_head, T, head size)."""
 
 
 class KVCache:
@@ -124,9 +135,10 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Attention | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in project(self.c_attn, x).split(C, dim=2))
+        qkv = project(self.c_attn, x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in qkv)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -152,7 +164,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Attention | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -273,19 +285,23 @@ class GPT(nn.Module):
         N = self.num_parameters() - self.transformer.wpe.weight.numel()
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * sequence_length
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: Attention | None = None) -> Tensor:
         """Token ids (B, T) int64 -> the last layer's normalised states (B, T, n_embd).
 
-        With a cache, the T tokens follow those that the cache holds, and join them there.
+        With a KVCache, the T tokens follow those that it holds, and join them there.
         """
         T = idx.shape[1]
-        if T > self.config.block_size:
+        if cache is None and T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into {self.config.block_size} positions")
         positions = torch.arange(T, device=idx.device) if cache is None else cache.append(T, idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         for block in self.transformer.h:
             x = block(x, cache)
         return self.transformer.ln_f(x)
+
+    def head(self, states: Tensor) -> Tensor:
+        """States (..., n_embd) of `hidden` -> next-token logits (..., vocab_size)."""
+        return project(self.lm_head, states)[..., : self.config.vocab_size]
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, loss_chunks: int = 1
@@ -301,7 +317,7 @@ class GPT(nn.Module):
         if targets is not None and loss_chunks > 1:
             head = (self.lm_head.weight, targets.flatten(), self.config.vocab_size, loss_chunks)
             return None, ChunkedCrossEntropy.apply(states.flatten(0, 1), *head)
-        logits = self._head(states)
+        logits = self.head(states)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
@@ -378,7 +394,7 @@ class GPT(nn.Module):
                     cache.lengths[b] = len(row)
                 row.append(ids[b])
             last = torch.tensor(ids, device=self.device)[:, None]
-            logits = self._head(self.hidden(last, cache)[:, -1])
+            logits = self.head(self.hidden(last, cache)[:, -1])
 
     def _prefill(self, rows: list[list[int]], cache: KVCache) -> Tensor:
         """Fill an empty cache with rows of any lengths; returns the logits after each, (B, vocab_size)."""
@@ -388,10 +404,7 @@ class GPT(nn.Module):
         padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
         states = self.hidden(torch.tensor(padded, device=self.device), cache)
         cache.lengths = lengths
-        return self._head(states[torch.arange(len(rows)), torch.tensor(lengths) - 1])
-
-    def _head(self, states: Tensor) -> Tensor:
-        return project(self.lm_head, states)[..., : self.config.vocab_size]
+        return self.head(states[torch.arange(len(rows)), torch.tensor(lengths) - 1])
 
     # ---------------------------------------------------------------- Hugging Face format
 

@@ -1,0 +1,306 @@
+"""HellaSwag: which of four endings does the model find likeliest? For the training loop, and as a script.
+
+    python hellaswag.py --model log                        # the newest checkpoint of a run
+    python hellaswag.py --model gpt2 --style harness       # as lm-evaluation-harness counts
+
+What is unusual here:
+- An example is one row: its context once, its four endings behind it. A mask shows each ending the context
+  and itself, and each ending's positions follow the context's.
+- Logits are formed only where they predict a token of an ending.
+- Batches hold examples of like length and are the same for any number of processes, which share them out.
+
+Paper: Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"; data: rowanz/hellaswag.
+"""
+
+import hashlib
+import http.client
+import json
+import math
+import re
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import metrics
+import runtime
+import tokenizer
+from cli import UserError
+from model import GPT
+
+Style = Literal["completion", "harness"]
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+N_EXAMPLES = 10_042
+CACHE = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
+
+# OpenAI's GPT-2 124M on all examples: acc, acc_norm.
+PUBLISHED = {"completion": (0.2859, 0.2955), "harness": (0.2892, 0.3114)}
+
+# Tokens a batch: enough for the device to be busy. Rows of logits at a time: they are 50257 wide.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+HEAD_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Example:
+    context: list[int]
+    endings: list[list[int]]
+    lengths: list[int]  # what an ending's loss is divided by for acc_norm: its tokens, or its characters
+    label: int
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the row that holds it all; the last token of an ending is predicted, never read."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+@dataclass(frozen=True)
+class Score:
+    acc: float  # share of examples whose right ending has the smallest summed loss
+    acc_norm: float  # the same by loss over length
+    n: int
+
+    def standard_error(self, share: float) -> float:
+        """Of a share of n examples: the sample standard deviation over the root of n."""
+        return math.sqrt(share * (1 - share) / (self.n - 1)) if self.n > 1 else math.nan
+
+
+# ---------------------------------------------------------------- data
+
+
+def fetch() -> Path:
+    """The published validation file, fetched once. Raises UserError where it cannot be had, or is another."""
+    if not CACHE.exists():
+        try:
+            with urllib.request.urlopen(URL, timeout=60) as response:
+                content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(
+                f"HellaSwag: {URL} cannot be fetched ({error}): put it at {CACHE}, or name a local copy with "
+                "--data (in training --hellaswag-data), or leave it out of training: --hellaswag-interval 0"
+            ) from error
+        _check(content, URL)
+        CACHE.parent.mkdir(parents=True, exist_ok=True)
+        metrics.write_atomically(CACHE, content.decode("utf-8"))
+    _check(CACHE.read_bytes(), str(CACHE))
+    return CACHE
+
+
+def _check(content: bytes, name: str) -> None:
+    lines, digest = content.count(b"\n"), hashlib.sha256(content).hexdigest()
+    if digest != SHA256:
+        raise UserError(
+            f"{name}: not HellaSwag's validation file ({lines} lines, sha256 {digest}; not {N_EXAMPLES}, "
+            f"{SHA256}): remove it to fetch it again"
+        )
+
+
+def load(data: Path | None = None, style: Style = "completion", limit: int = 0) -> list[Example]:
+    """Tokenised examples of a HellaSwag file (None: the published one, fetched if need be), in its order.
+
+    limit: only the first so many; 0: all. Raises UserError on a file that holds something else.
+    """
+    path = data or fetch()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as HellaSwag examples ({error}): check --data") from error
+    examples = []
+    for number, line in enumerate(lines[: limit or None], start=1):
+        try:
+            examples.append(encode(json.loads(line), style))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: line {number} is not a HellaSwag example ({error!r})") from error
+    if not examples:
+        raise UserError(f"{path}: holds no examples: check --data")
+    return examples
+
+
+def encode(record: dict[str, object], style: Style) -> Example:
+    """One line of the file as tokens.
+
+    completion: the tokens of the context, then those of " " + ending, as they are.
+    harness: as the task `hellaswag` of EleutherAI's lm-evaluation-harness: the activity before the context,
+    ctx_b with a capital, WikiHow's bracketed marks removed, lengths in characters.
+    Raises ValueError, KeyError or TypeError on what is no example.
+    """
+    enc = tokenizer.get_encoding()
+    label, endings = int(record["label"]), record["endings"]
+    if len(endings) != 4 or label not in range(4):
+        raise ValueError("needs four endings and a label from 0 to 3")
+    if style == "completion":
+        context = enc.encode_ordinary(record["ctx"])
+        tokens = [enc.encode_ordinary(" " + ending) for ending in endings]
+        lengths = [len(ending) for ending in tokens]
+    else:
+        text = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+        text, endings = _clean(text), [_clean(ending) for ending in endings]
+        # White space at the end of the context goes to the endings, so that no token spans both.
+        stem = text.rstrip()
+        context = enc.encode_ordinary(stem)
+        wholes = [enc.encode_ordinary(f"{text} {ending}") for ending in endings]
+        tokens = [whole[len(context) :] for whole in wholes]
+        lengths = [len(ending) for ending in endings]
+    if not context or not all(tokens) or not all(lengths):
+        raise ValueError("the context or an ending is empty")
+    return Example(context, tokens, lengths, label)
+
+
+def _clean(text: str) -> str:
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+# ---------------------------------------------------------------- scoring
+
+
+class SharedContext:
+    """Attention over rows of a context and its endings: what `GPT.hidden` takes in place of a cache."""
+
+    def __init__(self, positions: Tensor, segments: Tensor) -> None:
+        """positions (B, T); segments (B, T): 0 for the context, 1 to 4 for the endings, 5 for padding."""
+        self.positions = positions
+        T = positions.shape[1]
+        earlier = torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
+        same = segments[:, :, None] == segments[:, None, :]
+        self.mask = (earlier & (same | (segments == 0)[:, None, :]))[:, None]
+
+    def append(self, T: int, device: torch.device) -> Tensor:
+        return self.positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+
+@torch.no_grad()
+def ending_losses(model: GPT, batch: list[Example]) -> Tensor:
+    """Summed loss in nats of each ending after its context: float32 (len(batch), 4), on the CPU."""
+    # Lengths in steps of 8 keep the GPU's masked attention on its fast path.
+    T = -(-max(example.row_length for example in batch) // 8) * 8
+    idx, positions, segments = (torch.full((len(batch), T), value) for value in (0, 0, 5))
+    sources, targets, owners = [], [], []  # of each predicted token: state, id, ending
+    for b, example in enumerate(batch):
+        end = c = len(example.context)
+        idx[b, :c] = torch.tensor(example.context)
+        positions[b, :c] = torch.arange(c)
+        segments[b, :c] = 0
+        for number, ending in enumerate(example.endings):
+            begin, end = end, end + len(ending) - 1
+            idx[b, begin:end] = torch.tensor(ending[:-1])
+            positions[b, begin:end] = torch.arange(c, c + len(ending) - 1)
+            segments[b, begin:end] = number + 1
+            sources += [b * T + c - 1, *range(b * T + begin, b * T + end)]
+            targets += ending
+            owners += [4 * b + number] * len(ending)
+    idx, positions, segments = (t.to(model.device) for t in (idx, positions, segments))
+    states = model.hidden(idx, SharedContext(positions, segments)).flatten(0, 1)
+    sums = torch.zeros(4 * len(batch), device=model.device)
+    pieces = (torch.tensor(t, device=model.device).split(HEAD_ROWS) for t in (sources, targets, owners))
+    for source, target, owner in zip(*pieces, strict=True):
+        logits = model.head(states[source]).float()
+        sums.index_add_(0, owner, F.cross_entropy(logits, target, reduction="none"))
+    return sums.view(-1, 4).cpu()
+
+
+def fit(examples: list[Example], block_size: int) -> list[Example]:
+    """Cut contexts on the left where context and longest ending do not fit into block_size positions.
+
+    Raises UserError where an ending alone does not.
+    """
+    fitting = []
+    for example in examples:
+        room = block_size - max(map(len, example.endings)) + 1
+        if room < 1:
+            raise UserError(f"HellaSwag: an ending is longer than the model's {block_size} positions")
+        fitting.append(Example(example.context[-room:], example.endings, example.lengths, example.label))
+    return fitting
+
+
+def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
+    """The examples by length, longest first, in batches of about `tokens` tokens with their padding."""
+    found: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: e.row_length, reverse=True):
+        if not found or (len(found[-1]) + 1) * found[-1][0].row_length > tokens:
+            found.append([])
+        found[-1].append(example)
+    return found
+
+
+def evaluate(model: GPT, examples: list[Example], rt: runtime.Runtime, progress: bool = False) -> Score:
+    """Accuracy over the examples, shared out over the processes: the same for any number of them.
+
+    model: the module itself, not what torch.compile made of it, as compiling pays for none of these shapes.
+    """
+    right = torch.zeros(2, dtype=torch.int64)
+    todo = batches(fit(examples, model.config.block_size), BATCH_TOKENS.get(rt.device.type, 2048))
+    with tqdm(total=len(examples), unit=" examples", disable=not progress) as bar:
+        for batch in todo[rt.rank :: rt.world_size]:
+            with rt.autocast():
+                losses = ending_losses(model, batch)
+            labels = torch.tensor([example.label for example in batch])
+            lengths = torch.tensor([example.lengths for example in batch])
+            choices = torch.stack([losses.argmin(dim=1), (losses / lengths).argmin(dim=1)])
+            right += (choices == labels).sum(dim=1)
+            bar.update(len(batch) * rt.world_size)
+    acc, acc_norm = (rt.all_reduce(right.to(rt.device)).double() / len(examples)).tolist()
+    return Score(acc, acc_norm, len(examples))
+
+
+# ---------------------------------------------------------------- script
+
+
+@dataclass
+class Settings:
+    model: str = "log"
+    """A run, a checkpoint, a GPT-2 folder in the Hugging Face format, or a Hub name (gpt2)."""
+    data: Path | None = None
+    """A local HellaSwag file. Left out: the published validation file, fetched once."""
+    limit: int = 0
+    """Only the first so many examples. 0: all."""
+    style: Style = "completion"
+    """completion: the endings as they are, losses by token. harness: as lm-evaluation-harness prepares them,
+    losses by character."""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
+    dtype: runtime.Dtype = "auto"
+    """Precision of matrix products."""
+
+
+def main() -> None:
+    s = cli.parse(Settings, "How often is the right ending of HellaSwag the likeliest?")
+    if s.limit < 0:
+        raise UserError(f"--limit {s.limit}: must be at least 0")
+    rt = runtime.start(s.device, s.dtype)
+    if s.data is None:
+        rt.first_on_node(fetch)
+    examples = load(s.data, s.style, s.limit)
+    model = GPT.from_pretrained(checkpoint.find_model(s.model)).to(rt.device)
+    begin = time.perf_counter()
+    score = evaluate(model, examples, rt, progress=rt.is_main)
+    seconds = time.perf_counter() - begin
+    if rt.is_main:
+        pairs = zip(examples, fit(examples, model.config.block_size), strict=True)
+        cut = sum(whole.context != fitting.context for whole, fitting in pairs)
+        if cut:
+            print(f"warning: {cut} contexts cut to the model's {model.config.block_size} positions")
+        print(f"{'':24}{'acc':>16}{'acc_norm':>18}{'examples':>10}")
+        shares = "".join(f"{p:11.4f} ± {score.standard_error(p):.4f}" for p in (score.acc, score.acc_norm))
+        print(f"{s.model[-22:]:22}{shares}{score.n:10,}   {s.style} style")
+        acc, acc_norm = PUBLISHED[s.style]
+        print(f"{'GPT-2 124M, published':22}{acc:11.4f}{acc_norm:20.4f}{N_EXAMPLES:19,}")
+        print(f"{score.n / seconds:.1f} examples/s on {runtime.hardware(rt)['name']}, {rt.dtype}")
+    rt.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)
