@@ -151,7 +151,7 @@ def encode(record: dict[str, object], style: Style) -> Example:
         wholes = [enc.encode_ordinary(f"{text} {ending}") for ending in endings]
         tokens = [whole[len(context) :] for whole in wholes]
         lengths = [len(ending) for ending in endings]
-    if not context or not all(tokens) or not all(lengths):
+    if not context or not all(tokens):
         raise ValueError("the context or an ending is empty")
     return Example(context, tokens, lengths, label)
 
@@ -282,7 +282,7 @@ def main() -> None:
         raise UserError(f"--limit {s.limit}: must be at least 0")
     rt = runtime.start(s.device, s.dtype)
     if s.data is None:
-        rt.first_on_node(fetch)
+        rt.lead(rt.local_rank == 0, fetch)
     examples = load(s.data, s.style, s.limit)
     model = GPT.from_pretrained(checkpoint.find_model(s.model)).to(rt.device)
     begin = time.perf_counter()

@@ -92,6 +92,10 @@ class Settings:
     """Steps between validations, besides one before the first step and one after the last. 0: none."""
     val_tokens: int = 10_485_760
     """Tokens a validation reads, always the same; or all there are, if that is less."""
+    hellaswag_interval: int = 250
+    """Steps between HellaSwag evaluations, besides one before the first step and after the last. 0: none."""
+    hellaswag_data: str = ""
+    """HellaSwag examples in a local file. Left out: the published validation file, fetched once."""
     sample_interval: int = 1000
     """Steps between samples. 0: only at the end."""
     checkpoint_interval: int = 500
@@ -145,6 +149,7 @@ PRESETS = {
         warmup_steps=10,
         val_interval=25,
         val_tokens=1_048_576,
+        hellaswag_interval=25,
         sample_interval=25,
         checkpoint_interval=25,
         reload_checkpoints=True,
@@ -167,6 +172,7 @@ PRESETS = {
         min_lr_ratio=0.0,
         val_interval=50,
         val_tokens=16_384,
+        hellaswag_interval=0,
         checkpoint_interval=100,
     ),
 }

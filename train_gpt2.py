@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import dataloader
+import hellaswag
 import metrics
 import optim
 import plot_loss
@@ -51,6 +52,16 @@ def prepare_data(s: Settings) -> None:
     elif s.dataset_repo != "none":
         dataloader.fetch(s.dataset_repo, s.data_dir, s.num_shards)
     dataloader.find_shards(s.data_dir, s.num_shards)
+
+
+def prepare_hellaswag(s: Settings, rt: runtime.Runtime) -> list[hellaswag.Example]:
+    """The examples that the run is evaluated on; none where --hellaswag-interval is 0."""
+    if not s.hellaswag_interval:
+        return []
+    if s.hellaswag_data:
+        return hellaswag.load(Path(s.hellaswag_data))
+    rt.lead(rt.local_rank == 0, hellaswag.fetch)
+    return hellaswag.load()
 
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints", "loss_curves.png", "samples.txt", "summary.json")
@@ -247,9 +258,11 @@ def train(s: Settings) -> int:
     train_stream = dataloader.TokenStream(shards["train"], s.sequence_length, s.seed, s.shuffle)
     val_stream = dataloader.TokenStream(shards["val"], s.sequence_length)
     n_val_sequences = max(1, min(s.val_tokens // s.sequence_length, len(val_stream)))
+    hellaswag_examples = prepare_hellaswag(s, rt)
     seconds["data"] += clock() - begin
 
     model = build_model(s, rt.device)
+    hellaswag_examples = hellaswag.fit(hellaswag_examples, model.config.block_size)
     sequences_per_step = s.total_batch_size // s.sequence_length
     B = s.micro_batch_size or runtime.largest_micro_batch(
         model, s.sequence_length, sequences_per_step // world_size, rt
@@ -320,6 +333,12 @@ def train(s: Settings) -> int:
             say(f"step {step}/{s.max_steps} | validation loss {loss:.4f}")
             if log:
                 log.log(step, "val", loss=loss)
+        if s.hellaswag_interval and (step % s.hellaswag_interval == 0 or last):
+            # The module itself: batches of many shapes, for each of which a compiled one would be compiled.
+            score = hellaswag.evaluate(model, hellaswag_examples, rt)
+            say(f"step {step}/{s.max_steps} | HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}")
+            if log:
+                log.log(step, "hellaswag", acc=score.acc, acc_norm=score.acc_norm, n=score.n)
         if s.sample_interval and step and step % s.sample_interval == 0 and not last and log:
             for text in draw_samples(model, s.seed, rt)[::3]:
                 say(f"step {step}/{s.max_steps} | sample: {text!r}")
@@ -441,7 +460,8 @@ def train(s: Settings) -> int:
 
         # A GPU works on this step while the numbers of the one before are fetched and printed. Where
         # something else comes next, it finishes first, so that a step's time is its own.
-        due = [i and step % i == 0 for i in (s.val_interval, s.sample_interval, s.checkpoint_interval)]
+        intervals = (s.val_interval, s.hellaswag_interval, s.sample_interval, s.checkpoint_interval)
+        due = [interval and step % interval == 0 for interval in intervals]
         last = step == s.max_steps
         lag = 0 if rt.device.type == "cpu" or any(due) or last else 1
         while len(pending) > lag:
@@ -449,7 +469,7 @@ def train(s: Settings) -> int:
             lag = 0 if stopped_by else lag
         if any(due) or last or stopped_by:
             timed_evaluation(step)
-            if due[2] or last or stopped_by:
+            if due[-1] or last or stopped_by:
                 timed_checkpoint(step)
             step_begin = clock()
         if stopped_by and not last:
