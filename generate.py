@@ -1,0 +1,177 @@
+"""Sample from a model.
+
+    python generate.py --prompt "Hello, I'm a language model,"     # the newest checkpoint of the run in log/
+    python generate.py                                             # on a terminal: a prompt loop
+    python generate.py --model gpt2 --prompt - --json < prompt.txt
+
+In the loop, Ctrl-C stops the sample and Ctrl-D leaves. A sample depends on the model, the prompt, the
+settings and the seed, not on how many samples are drawn beside it.
+"""
+
+import codecs
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+import cli
+import runtime
+import tokenizer
+from cli import UserError
+from model import GPT
+
+
+@dataclass
+class Settings:
+    model: str = "log"
+    """A run, a checkpoint, a GPT-2 folder in the Hugging Face format, or a Hub name (gpt2)."""
+    prompt: str | None = None
+    """Text to continue; - reads it from standard input. Left out: a prompt loop on a terminal, elsewhere
+    texts from the start of a document."""
+    num_samples: int = 3
+    """Samples of a prompt."""
+    max_new_tokens: int = 64
+    """Most tokens a sample; it ends earlier where the model ends the text."""
+    temperature: float = 0.8
+    """Below 1 more cautious, above 1 bolder; 0 always takes the likeliest token."""
+    top_k: int = 50
+    """Draw from the so many likeliest tokens. 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities reach this sum. 1: from all."""
+    seed: int = 42
+    """Decides the samples."""
+    json: bool = False
+    """Print one JSON object: the prompt and, of each sample, text, tokens and why it ended."""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
+    dtype: runtime.Dtype = "auto"
+    """Precision of matrix products."""
+
+
+def check_settings(s: Settings) -> None:
+    """Raise UserError on values that cannot work."""
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
+    if not (math.isfinite(s.temperature) and s.temperature >= 0):
+        raise UserError(f"--temperature {s.temperature}: must be a finite number of at least 0")
+    if s.top_k < 0:
+        raise UserError(f"--top-k {s.top_k}: must be at least 0")
+    if not 0 < s.top_p <= 1:
+        raise UserError(f"--top-p {s.top_p}: must be above 0 and at most 1")
+    if not 0 <= s.seed < 2**63:
+        raise UserError(f"--seed {s.seed}: must be from 0 to 2**63 - 1")
+
+
+def encode_prompt(text: str, block_size: int) -> list[int]:
+    """The ids of a prompt, at most its last block_size; an empty one is the start of a document."""
+    ids = tokenizer.get_encoding().encode_ordinary(text) or [tokenizer.END_OF_TEXT_ID]
+    if len(ids) > block_size:
+        print(
+            f"warning: the prompt has {len(ids)} tokens, the model reads the last {block_size}",
+            file=sys.stderr,
+        )
+    return ids[-block_size:]
+
+
+def samples(model: GPT, ids: list[int], s: Settings, rt: runtime.Runtime, first: int, n: int) -> Iterator:
+    """Tokens of samples number `first` to `first + n`, as they are drawn: yields n ids, None once ended."""
+    generators = [torch.Generator().manual_seed((s.seed + i) % 2**63) for i in range(first, first + n)]
+    with rt.autocast():
+        yield from model.stream(
+            [ids] * n,
+            s.max_new_tokens,
+            s.temperature,
+            s.top_k or None,
+            s.top_p,
+            generators,
+            tokenizer.END_OF_TEXT_ID,
+        )
+
+
+def decode(tokens: Iterator[int | None]) -> Iterator[str]:
+    """Text as its tokens come, up to the end of text; a character waits until all its bytes are there."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        if token in (None, tokenizer.END_OF_TEXT_ID):
+            break
+        yield decoder.decode(tokenizer.get_encoding().decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)
+
+
+def as_json(model: GPT, prompt: str, s: Settings, rt: runtime.Runtime) -> str:
+    """All samples of a prompt, drawn together, as one line of JSON."""
+    ids = encode_prompt(prompt, model.config.block_size)
+    steps = list(samples(model, ids, s, rt, 0, s.num_samples))
+    drawn = []
+    for column in zip(*steps, strict=True):
+        tokens = [token for token in column if token is not None]
+        ended = tokens[-1] == tokenizer.END_OF_TEXT_ID
+        reason = "end of text" if ended else "length"
+        drawn.append({"text": "".join(decode(iter(tokens))), "tokens": tokens, "finish_reason": reason})
+    return json.dumps({"model": s.model, "prompt": prompt, "seed": s.seed, "samples": drawn})
+
+
+def print_samples(model: GPT, prompt: str, s: Settings, rt: runtime.Runtime) -> None:
+    """Stream the samples of a prompt to standard output, one after the other."""
+    ids = encode_prompt(prompt, model.config.block_size)
+    for number in range(s.num_samples):
+        print(prompt, end="", flush=True)
+        for text in decode(step[0] for step in samples(model, ids, s, rt, number, 1)):
+            print(text, end="", flush=True)
+        print("\n---" if number + 1 < s.num_samples else "")
+
+
+def prompt_loop(show: Callable[[str], None]) -> None:
+    """Ask for prompts and show what the model makes of them, until Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() a history and editing
+    print("A prompt, then Enter. Ctrl-C stops a sample, Ctrl-D leaves.")
+    while True:
+        try:
+            show(input("> "))
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def main() -> int:
+    s = cli.parse(Settings, "Sample from a model.")
+    check_settings(s)
+    rt = runtime.start(s.device, s.dtype)
+    model = GPT.from_pretrained(checkpoint.find_model(s.model)).to(rt.device)
+    if model.config.vocab_size != tokenizer.VOCAB_SIZE:
+        raise UserError(f"--model {s.model}: has {model.config.vocab_size} ids, not GPT-2's 50257")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
+    try:
+        if s.json:
+            print(as_json(model, read_prompt(s), s, rt))
+        elif s.prompt is None and sys.stdin.isatty():
+            prompt_loop(lambda prompt: print_samples(model, prompt, s, rt))
+        else:
+            print_samples(model, read_prompt(s), s, rt)
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def read_prompt(s: Settings) -> str:
+    """The prompt that --prompt says. Raises UserError where standard input is not utf-8."""
+    if s.prompt != "-":
+        return s.prompt or ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt -: standard input is not utf-8 ({error})") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)

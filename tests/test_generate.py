@@ -1,0 +1,163 @@
+"""Sampling as a user meets it: flags, streams, the prompt loop, what it says of mistakes."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, environment, run_script
+
+import generate
+import tokenizer
+from cli import UserError
+from model import GPT, GPTConfig
+
+PROMPT = "Hello, I'm a language model,"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16)).save_pretrained(folder)
+    return folder
+
+
+def sample(folder: Path, *flags: str, stdin: str | None = None) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command("generate.py", "--model", str(folder), *flags),
+        env=environment(), capture_output=True, encoding="utf-8", input=stdin, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_json_and_streams_hold_the_same_samples(folder: Path) -> None:
+    """Drawn together or one by one, from a flag or from standard input, and as GPT.generate draws them."""
+    flags = ["--max-new-tokens", "40", "--seed", "7"]
+    told = json.loads(sample(folder, "--prompt", PROMPT, "--json", "--num-samples", "3", *flags).stdout)
+    streamed = sample(folder, "--prompt", "-", "--num-samples", "2", *flags, stdin=PROMPT + "\n").stdout
+    texts = [PROMPT + drawn["text"] for drawn in told["samples"]]
+    assert streamed == f"{texts[0]}\n---\n{texts[1]}\n"
+    assert told["prompt"] == PROMPT
+    enc = tokenizer.get_encoding()
+    ids = enc.encode_ordinary(PROMPT)
+    for number, drawn in enumerate(told["samples"]):
+        generator = torch.Generator().manual_seed(7 + number)
+        model = GPT.from_pretrained(folder)
+        steps = model.stream([ids], 40, 0.8, 50, 1.0, [generator], tokenizer.END_OF_TEXT_ID)
+        assert drawn["tokens"] == [step[0] for step in steps]
+        assert (drawn["finish_reason"], len(drawn["tokens"])) == ("length", 40)
+        assert drawn["text"] == enc.decode(drawn["tokens"], errors="replace")
+
+
+def test_characters_come_whole() -> None:
+    """Each piece is text on its own, though a token may be a part of a character."""
+    text = "naïve 🙂🙃 語語 ✓"
+    ids = tokenizer.get_encoding().encode_ordinary(text)
+    parts = tokenizer.get_encoding().decode_tokens_bytes(ids)
+    assert "�" in "".join(part.decode("utf-8", errors="replace") for part in parts)
+    pieces = list(generate.decode(iter([*ids, tokenizer.END_OF_TEXT_ID, 15])))
+    assert "".join(pieces) == text
+    assert "".join(generate.decode(iter(ids[:-1]))).endswith("�")
+
+
+def test_a_long_prompt_is_cut_on_the_left(folder: Path) -> None:
+    long = "word " * 40 + "the end"
+    done = sample(folder, "--prompt", long, "--json", "--num-samples", "1")
+    assert "the prompt has 42 tokens, the model reads the last 32" in done.stderr
+    tail = tokenizer.get_encoding().decode(tokenizer.get_encoding().encode_ordinary(long)[-32:])
+    again = sample(folder, "--prompt", tail, "--json", "--num-samples", "1")
+    assert json.loads(done.stdout)["samples"] == json.loads(again.stdout)["samples"]
+    assert "warning" not in again.stderr
+
+
+def test_a_sample_ends_with_its_text(folder: Path, tmp_path: Path) -> None:
+    model = GPT.from_pretrained(folder)
+    with torch.no_grad():  # whatever stands before, the end of text is the likeliest by far
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight[tokenizer.END_OF_TEXT_ID] = 100.0
+    model.save_pretrained(tmp_path)
+    told = json.loads(sample(tmp_path, "--json", "--num-samples", "2").stdout)
+    assert told["samples"] == [{"text": "", "tokens": [50256], "finish_reason": "end of text"}] * 2
+    assert sample(tmp_path, "--prompt", "over", "--num-samples", "1").stdout == "over\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-samples", "0"], "--num-samples 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--top-k", "-1"], "--top-k -1"),
+        (["--top-p", "0"], "--top-p 0.0"),
+        (["--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_values_that_cannot_work(flags: list[str], message: str) -> None:
+    settings = generate.cli.parse(generate.Settings, "", args=flags)
+    with pytest.raises(UserError, match=message):
+        generate.check_settings(settings)
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    done = run_script("generate.py", "--model", str(tmp_path), "--prompt", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert str(tmp_path) in done.stderr
+
+
+class Terminal:
+    """generate.py on a pseudo-terminal: what a user types, and what shows."""
+
+    def __init__(self, *flags: str) -> None:
+        master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command("generate.py", *flags), env=environment(), stdin=slave, stdout=slave, stderr=slave,
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(slave)
+        os.set_blocking(master, False)
+        self.master, self.shown = master, ""
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        """Wait until `text` shows behind what was waited for before."""
+        deadline = time.time() + timeout
+        while text not in self.shown:
+            assert time.time() < deadline, self.shown
+            time.sleep(0.02)
+            try:
+                self.shown += os.read(self.master, 65536).decode("utf-8", errors="replace")
+            except (BlockingIOError, OSError):
+                continue
+        self.shown = self.shown.split(text, 1)[1]
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+
+def test_the_prompt_loop(folder: Path) -> None:
+    """Two prompts, the second from the history; Ctrl-C stops a sample and not the loop; Ctrl-D leaves."""
+    terminal = Terminal("--model", str(folder), "--num-samples", "1", "--max-new-tokens", "100000")
+    terminal.wait_for("> ")
+    terminal.type("Once upon\n")
+    terminal.wait_for("Once upon")
+    terminal.wait_for("Once upon")  # the sample repeats it
+    time.sleep(0.5)
+    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.wait_for("> ")
+    terminal.type("\x1b[A\n")
+    terminal.wait_for("Once upon")
+    terminal.wait_for("Once upon")
+    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(timeout=20) == 0
+    assert "Traceback" not in terminal.shown
+    os.close(terminal.master)
