@@ -1,0 +1,290 @@
+"""A run to the Hugging Face Hub, as a model that others can load.
+
+    python upload_hf.py --run log --repo-id USER/NAME --dry-run      # what would be sent, and the model card
+    python upload_hf.py --run log --repo-id USER/NAME --private
+    python upload_hf.py --run log --repo-id USER/NAME --checkpoint 500 --revision step-500
+    python upload_hf.py --convert model_19072.pt --out gpt2-124m     # an older .pt checkpoint to a folder
+
+The token comes from HF_TOKEN or from `hf auth login`. Only files named below, in the run folder, are sent.
+"""
+
+import json
+import shutil
+import textwrap
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from torch import Tensor
+
+import checkpoint
+import cli
+import hellaswag
+import hub
+import metrics
+import tokenizer
+from cli import UserError
+from model import GPT, GPTConfig
+
+MODEL_FILES = (
+    "model.safetensors", "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+# Of the run: name there -> name on the Hub, where config.json is the model's.
+RUN_FILES = {
+    "metrics.jsonl": "metrics.jsonl",
+    "config.json": "training_config.json",
+    "summary.json": "summary.json",
+    "samples.txt": "samples.txt",
+    "loss_curves.png": "loss_curves.png",
+}
+
+
+@dataclass
+class Settings:
+    run: Path = Path("log")
+    """Run folder."""
+    repo_id: str = ""
+    """Model on the Hub, USER/NAME; made if it is not there."""
+    private: bool = False
+    """Make a new model private."""
+    dry_run: bool = False
+    """Only show the model card and list what would be sent."""
+    checkpoint: int | None = None
+    """Step of the checkpoint to send. Left out: the newest."""
+    revision: str = ""
+    """Tag for what is sent, so that `from_pretrained(..., revision=TAG)` finds it later."""
+    convert: Path | None = None
+    """Instead of uploading: an older .pt checkpoint, to be written as a folder to --out."""
+    out: Path | None = None
+    """The folder that --convert writes."""
+
+
+# ---------------------------------------------------------------- upload
+
+
+def pick_checkpoint(run: Path, step: int | None) -> Path:
+    """The checkpoint of that step (None: the newest), looked over. Raises UserError where there is none."""
+    if not run.is_dir():
+        raise UserError(f"--run {run}: no such folder")
+    if step is None:
+        folder, complaints = checkpoint.newest_whole(run)
+        if complaints:
+            raise UserError(f"{complaints[0]} (--checkpoint STEP sends an older one)")
+        if folder is None:
+            raise UserError(f"--run {run}: holds no checkpoint")
+        return folder
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    if not folder.is_dir():
+        held = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.folders(run)) or "none"
+        raise UserError(f"--checkpoint {step}: not in {run}: there is {held}")
+    checkpoint.check(folder)
+    return folder
+
+
+def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """What to send, name on the Hub -> file, and the names of what the run does not have.
+
+    Raises UserError where a file of the model is missing, or where a link leads out of the run folder.
+    """
+    files = {name: folder / name for name in MODEL_FILES}
+    for path in files.values():
+        if not path.is_file():
+            raise UserError(f"{path}: missing: a model is not whole without it: send another --checkpoint")
+    missing = [name for name in RUN_FILES if not (run / name).is_file()]
+    files |= {there: run / name for name, there in RUN_FILES.items() if name not in missing}
+    files |= {path.name: path for path in sorted(run.glob("*.png"))}
+    token = get_token()
+    for path in files.values():
+        if not path.resolve().is_relative_to(run.resolve()):
+            raise UserError(f"{path}: leads out of {run} to {path.resolve()}: put a copy there")
+        if token and path.suffix != ".safetensors" and token.encode() in path.read_bytes():
+            raise UserError(f"{path}: holds your Hub token: remove it from there")
+    return files, missing
+
+
+def model_card(run: Path, step: int, repo_id: str, files: dict[str, Path]) -> str:
+    """The README.md: recipe, data, losses, HellaSwag, hardware, time, how to load it, figure, samples."""
+    config = (
+        json.loads((run / "config.json").read_text(encoding="utf-8"))
+        if "training_config.json" in files
+        else {}
+    )
+    settings, hardware = config.get("settings", {}), config.get("hardware", {})
+    records = [r for r in metrics.read(run / "metrics.jsonl") if r["step"] <= step]
+    last = {record["kind"]: record for record in records}
+    shape = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    rows = {
+        "shape": "{n_layer} layers, {n_head} heads, width {n_embd}, {n_positions} positions".format(**shape)
+    }
+    if "parameters" in config:
+        rows["parameters"] = f"{config['parameters']:,}"
+    rows["updates"] = f"{step:,}"
+    if "total_batch_size" in settings:
+        rows["tokens"] = f"{step * settings['total_batch_size']:,}"
+        rows["data"] = settings["dataset_repo"]
+    for kind, name in (("val", "validation loss"), ("train", "training loss, last step")):
+        if last.get(kind, {}).get("loss") is not None:
+            rows[name] = f"{last[kind]['loss']:.4f}"
+    if "hellaswag" in last:
+        score, published = last["hellaswag"], hellaswag.PUBLISHED["completion"]
+        rows["HellaSwag, acc / acc_norm"] = f"{score['acc']:.4f} / {score['acc_norm']:.4f} of {score['n']:,}"
+        rows["HellaSwag, GPT-2 124M as published"] = f"{published[0]:.4f} / {published[1]:.4f}"
+    if hardware:
+        rows["hardware"] = "{processes} x {name}, {dtype}".format(**hardware)
+    if any(r["kind"] == "train" for r in records):
+        minutes = sum(r["step_ms"] for r in records if r["kind"] == "train") / 60_000
+        rows["time in training steps"] = (
+            f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.1f} minutes"
+        )
+    recipe = (
+        "optimizer", "learning_rate", "min_lr_ratio", "warmup_steps", "schedule", "weight_decay", "grad_clip",
+        "max_steps", "total_batch_size", "sequence_length", "init_from", "seed",
+    )  # fmt: skip
+    head = ["license: mit", "language: en", "library_name: transformers", "pipeline_tag: text-generation"]
+    if "/" in settings.get("dataset_repo", ""):
+        head.append(f"datasets: {settings['dataset_repo']}")
+    parts = ["---", *head, "tags: [gpt2]", "---", f"# {repo_id.split('/')[-1]}", ""]
+    parts += ["GPT-2, trained from scratch.", "", "| | |", "|---|---|"]
+    parts += [f"| {name} | {value} |" for name, value in rows.items()]
+    parts += ["", "## Use", "", "```python", "from transformers import pipeline", ""]
+    parts += [f'generate = pipeline("text-generation", model="{repo_id}")']
+    parts += [
+        'print(generate("Hello, I\'m a language model,", max_new_tokens=64)[0]["generated_text"])',
+        "```",
+    ]
+    if "loss_curves.png" in files:
+        parts += ["", "## Training", "", "![loss curves](loss_curves.png)"]
+    if settings:
+        parts += ["", "## Recipe", "", "| setting | |", "|---|---|"]
+        parts += [f"| {name.replace('_', ' ')} | {settings[name]} |" for name in recipe if name in settings]
+    if "samples.txt" in files:
+        # Indented, as a fence could be closed by what the model wrote.
+        samples = files["samples.txt"].read_text(encoding="utf-8").strip()
+        parts += ["", "## Samples", "", textwrap.indent(samples, "    ", lambda line: True)]
+    return "\n".join(parts) + "\n"
+
+
+def upload(s: Settings) -> None:
+    """Send the run in one commit, and tag it if --revision says so."""
+    if not s.repo_id:
+        raise UserError("--repo-id: needed: USER/NAME of the model on the Hub")
+    folder = pick_checkpoint(s.run, s.checkpoint)
+    files, missing = collect(s.run, folder)
+    card = model_card(s.run, checkpoint.step_of(folder), s.repo_id, files)
+    for name in missing:
+        print(f"missing: {s.run / name}")
+    for name, path in files.items():
+        print(f"{path.stat().st_size:>13,}  {name}  <- {path}")
+    print(f"{len(card.encode()):>13,}  README.md")
+    what = f"--repo-id {s.repo_id}"
+    if s.dry_run:
+        print(f"\n{card}")
+        return
+    if not get_token():
+        raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")
+    api = HfApi()
+    with hub.explained(what):
+        hub.patiently(lambda: api.create_repo(s.repo_id, private=s.private, exist_ok=True))
+        if s.revision and s.revision in {tag.name for tag in api.list_repo_refs(s.repo_id).tags}:
+            raise UserError(f"--revision {s.revision}: a tag of that name is there: choose another")
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        operations.append(CommitOperationAdd("README.md", card.encode()))
+        title = f"Weights after {checkpoint.step_of(folder)} updates"
+        commit = hub.patiently(lambda: api.create_commit(s.repo_id, operations, commit_message=title))
+        if s.revision:
+            api.create_tag(s.repo_id, tag=s.revision, revision=commit.oid)
+    print(f"done: {api.endpoint}/{s.repo_id}")
+
+
+# ---------------------------------------------------------------- conversion
+
+
+class _SavedConfig:
+    """Stands in for the class of another program's settings: its values are read, its code is not."""
+
+
+def read_pt(file: Path) -> dict[str, object]:
+    """What an older checkpoint holds; a settings object becomes a dictionary. No code in it is run.
+
+    Raises UserError where it cannot be read, or needs more than tensors, plain values and a GPTConfig.
+    """
+    if not file.is_file():
+        raise UserError(f"--convert {file}: no such file")
+    try:
+        needed = (
+            torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
+        )
+        foreign = [name for name in needed if name.rpartition(".")[2] != "GPTConfig"]
+        if foreign:
+            raise UserError(
+                f"--convert {file}: refused: loading it would run code ({', '.join(foreign)}): save the "
+                "model's state_dict and its settings as plain values"
+            )
+        with torch.serialization.safe_globals([(_SavedConfig, name) for name in needed]):
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--convert {file}: cannot be loaded safely ({reason})") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "config" not in saved:
+        raise UserError(f"--convert {file}: not a checkpoint of the shape {{'model': …, 'config': …}}")
+    config = saved["config"]
+    return {**saved, "config": vars(config) if isinstance(config, _SavedConfig) else config}
+
+
+def convert(file: Path, out: Path) -> None:
+    """Write an older checkpoint of a GPT-2 as a folder that transformers and this project load.
+
+    Raises UserError where it holds another model, or where `out` holds files already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists: name a new folder")
+    saved = read_pt(file)
+    try:
+        shape = {name: int(saved["config"][name]) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--convert {file}: its config is not a GPT-2's ({error!r})") from error
+    tensors: dict[str, Tensor] = {
+        name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module."): tensor
+        for name, tensor in saved["model"].items()
+    }
+    model = GPT(GPTConfig(vocab_size=tokenizer.VOCAB_SIZE, **shape))
+    wte, head = (tensors.get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
+    if wte is not None and head is not None and not torch.equal(wte, head):
+        raise UserError(f"--convert {file}: its head is not tied to its embedding: this is not GPT-2")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor = tensors.get(name)
+            if tensor is not None and name == "transformer.wte.weight":
+                tensor = tensor[: tokenizer.VOCAB_SIZE]  # what is beyond is padding
+            if tensor is None or tensor.shape != parameter.shape:
+                have = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                raise UserError(f"--convert {file}: {name} is {have}, not {tuple(parameter.shape)}")
+            parameter.copy_(tensor)
+    unfinished = out.with_name(f".unfinished-{out.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished, model.config.block_size)
+    if out.exists():
+        out.rmdir()
+    unfinished.rename(out)
+    print(f"{out}: {model.num_parameters():,} parameters, step {saved.get('step', 'unknown')}")
+
+
+def main() -> None:
+    s = cli.parse(Settings, "Upload a run to the Hugging Face Hub, or convert an older checkpoint.")
+    if (s.convert is None) != (s.out is None):
+        raise UserError("--convert and --out belong together: name the .pt file and the folder to write")
+    if s.convert is not None:
+        convert(s.convert, s.out)
+    else:
+        upload(s)
+
+
+if __name__ == "__main__":
+    cli.run(main)
