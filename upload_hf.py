@@ -9,6 +9,7 @@ The token comes from HF_TOKEN or from `hf auth login`. Only files named below, i
 """
 
 import json
+import re
 import shutil
 import textwrap
 import zipfile
@@ -228,8 +229,10 @@ def read_pt(file: Path) -> dict[str, object]:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--convert {file}: cannot be loaded safely ({reason})") from error
+        # Of torch's long message the name only: the rest says how to load the file unsafely.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would run code, {code[1]}" if code else f"damaged, or no file of torch: {error!r:.80}"
+        raise UserError(f"--convert {file}: refused: {reason}: save tensors and plain values") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "config" not in saved:
         raise UserError(f"--convert {file}: not a checkpoint of the shape {{'model': …, 'config': …}}")
     config = saved["config"]
