@@ -125,7 +125,7 @@ def model_card(run: Path, step: int, repo_id: str, files: dict[str, Path]) -> st
     rows["updates"] = f"{step:,}"
     if "total_batch_size" in settings:
         rows["tokens"] = f"{step * settings['total_batch_size']:,}"
-        rows["data"] = settings["dataset_repo"]
+        rows["data"] = f"{settings['dataset_repo']}, in {Path(settings['data_dir']).name}/"
     for kind, name in (("val", "validation loss"), ("train", "training loss, last step")):
         if last.get(kind, {}).get("loss") is not None:
             rows[name] = f"{last[kind]['loss']:.4f}"

@@ -93,7 +93,7 @@ def test_the_model_card_says_what_the_run_was(train: Train, hub: LoopbackHub) ->
     summary = json.loads((run / "summary.json").read_text())
     for said in (
         "library_name: transformers", "pipeline_tag: text-generation", "# tiny", 'model="ann/tiny"',
-        f"| tokens | {6 * 8 * T} |", "| data | builtin |",
+        f"| tokens | {6 * 8 * T} |", "| data | builtin, in data/ |",
         f"| validation loss | {summary['last_val_loss']:.4f} |",
         f"| training loss, last step | {summary['last_train_loss']:.4f} |", "0.2512 / 0.2634 of 10,042",
         "0.2859 / 0.2955", "| learning rate | 0.01 |", "![loss curves](loss_curves.png)",
