@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, environment, run_script
+from helpers import command, environment, run_script
 
 import generate
 import tokenizer

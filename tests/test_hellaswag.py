@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, T, as_flags, history, run_script
+from helpers import TINY, T, as_flags, history, run_script
 
 import hellaswag
 import metrics

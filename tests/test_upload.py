@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import T, run_script
+from helpers import T, run_script
 from loopback_hub import TOKEN, LoopbackHub
 
 import checkpoint
