@@ -31,8 +31,7 @@ class Settings:
     model: str = "log"
     """A run, a checkpoint, a GPT-2 folder in the Hugging Face format, or a Hub name (gpt2)."""
     prompt: str | None = None
-    """Text to continue; - reads it from standard input. Left out: a prompt loop on a terminal, elsewhere
-    texts from the start of a document."""
+    """Text to continue; - reads standard input. Left out: a prompt loop, or without a terminal any text."""
     num_samples: int = 3
     """Samples of a prompt."""
     max_new_tokens: int = 64

@@ -86,8 +86,8 @@ def fetch() -> Path:
                 content = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise UserError(
-                f"HellaSwag: {URL} cannot be fetched ({error}): put it at {CACHE}, or name a local copy with "
-                "--data (in training --hellaswag-data), or leave it out of training: --hellaswag-interval 0"
+                f"{URL} cannot be fetched ({error}): put it at {CACHE}, or name a local copy with --data "
+                "(in training --hellaswag-data)"
             ) from error
         _check(content, URL)
         CACHE.parent.mkdir(parents=True, exist_ok=True)
@@ -268,8 +268,7 @@ class Settings:
     limit: int = 0
     """Only the first so many examples. 0: all."""
     style: Style = "completion"
-    """completion: the endings as they are, losses by token. harness: as lm-evaluation-harness prepares them,
-    losses by character."""
+    """completion: texts as they are, losses by token. harness: as lm-evaluation-harness, by character."""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
     dtype: runtime.Dtype = "auto"

@@ -55,12 +55,17 @@ def prepare_data(s: Settings) -> None:
 
 
 def prepare_hellaswag(s: Settings, rt: runtime.Runtime) -> list[hellaswag.Example]:
-    """The examples that the run is evaluated on; none where --hellaswag-interval is 0."""
+    """The examples that the run is evaluated on; none where it is not to be, or they cannot be had."""
     if not s.hellaswag_interval:
         return []
     if s.hellaswag_data:
         return hellaswag.load(Path(s.hellaswag_data))
-    rt.lead(rt.local_rank == 0, hellaswag.fetch)
+    try:
+        rt.lead(rt.local_rank == 0, hellaswag.fetch)
+    except UserError as error:
+        if rt.is_main:
+            print(f"warning: the run goes without HellaSwag: {error}")
+        return []
     return hellaswag.load()
 
 
@@ -333,7 +338,7 @@ def train(s: Settings) -> int:
             say(f"step {step}/{s.max_steps} | validation loss {loss:.4f}")
             if log:
                 log.log(step, "val", loss=loss)
-        if s.hellaswag_interval and (step % s.hellaswag_interval == 0 or last):
+        if hellaswag_examples and (step % s.hellaswag_interval == 0 or last):
             # The module itself: batches of many shapes, for each of which a compiled one would be compiled.
             score = hellaswag.evaluate(model, hellaswag_examples, rt)
             say(f"step {step}/{s.max_steps} | HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}")

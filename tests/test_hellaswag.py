@@ -234,13 +234,18 @@ def test_another_file_is_not_kept(site: dict[str, object]) -> None:
     assert not hellaswag.CACHE.parent.exists()
 
 
-def test_without_a_network_a_run_says_so_at_its_start(
-    site: dict[str, object], train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_without_a_network_a_run_says_so_at_its_start_and_goes_on(
+    site: dict[str, object],
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/val.jsonl")
-    with pytest.raises(UserError, match="--hellaswag-interval 0"):
-        train(hellaswag_interval=2)
-    assert not (tmp_path / "run").exists()
+    run = train(hellaswag_interval=2)
+    assert "warning: the run goes without HellaSwag: http://127.0.0.1:9" in capsys.readouterr().out
+    assert {record["kind"] for record in metrics.read(run / "metrics.jsonl")} == {"train", "val", "event"}
+    with pytest.raises(UserError, match="cannot be read"):
+        train("other", hellaswag_interval=2, hellaswag_data="missing.jsonl")
 
 
 @pytest.mark.parametrize(
