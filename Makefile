@@ -12,7 +12,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 test-faults: .venv/installed-dev
-	$(BIN)/python -m pytest -m faults tests/faults
+	$(BIN)/python -m pytest -m faults -n 0 tests/faults
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
