@@ -80,9 +80,9 @@ class KVCache:
         positions = torch.tensor(starts[:1] if self.uniform else starts, device=device)[:, None]
         self.positions = positions + torch.arange(T, device=device)
         self.causal = self.uniform and self.start == 0
-        needs_mask = not self.uniform or (T > 1 and self.start > 0)
-        seen = torch.arange(self.end, device=device) <= self.positions[:, None, :, None]
-        self.mask = seen if needs_mask else None
+        self.mask = None
+        if not self.uniform or (T > 1 and self.start > 0):
+            self.mask = torch.arange(self.end, device=device) <= self.positions[:, None, :, None]
         return self.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -121,10 +121,13 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
     N, C = layer.weight.shape
     first = min(torch.get_num_threads(), N) if rows == 1 else 1
     parts = next(k for k in range(first, N + 1) if N % k == 0)
+    weight = layer.weight.view(parts, N // parts, C)
     columns = x.reshape(rows, C).t().expand(parts, C, rows)
-    y = torch.bmm(layer.weight.view(parts, N // parts, C), columns)
-    y = y.view(N, rows).t().reshape(*x.shape[:-1], N)
-    return y if layer.bias is None else y.add_(layer.bias)
+    if layer.bias is None:
+        y = torch.bmm(weight, columns)
+    else:
+        y = torch.baddbmm(layer.bias.view(parts, N // parts, 1), weight, columns)
+    return y.view(N, rows).t().reshape(*x.shape[:-1], N)
 
 
 class CausalSelfAttention(nn.Module):
