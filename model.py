@@ -474,6 +474,7 @@ class GPT(nn.Module):
                 tensor = tensor.t()
             tensors[name] = tensor.cpu().contiguous()
         safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # the library makes it readable for its owner only
         for name, content in (
             ("config.json", self._huggingface_config()),
             ("generation_config.json", {"bos_token_id": 50256, "eos_token_id": 50256}),

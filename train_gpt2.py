@@ -430,7 +430,7 @@ def train(s: Settings) -> int:
     )
     if first_step == 0:
         timed_evaluation(0)
-        step_begin = clock()
+        run_begin = step_begin = clock()
     for step in range(first_step + 1, s.max_steps + 1):
         factor = optim.learning_rate_factor(
             step - 1, s.max_steps, s.warmup_steps, s.min_lr_ratio, s.schedule, s.cooldown_fraction
