@@ -302,7 +302,7 @@ def train(s: Settings) -> int:
 
     train_model: nn.Module = model
     if world_size > 1:
-        train_model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        train_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     eval_model: nn.Module = model
     if s.compile:
         # The wrapper is compiled with the model, so that gradients travel while earlier ones are computed.
