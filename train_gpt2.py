@@ -243,7 +243,8 @@ def restore(
             )
     model.load_weights(folder)
     checkpoint.load_optimizer_state(model, optimizers, state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the run was not in fp16
+        scaler.load_state_dict(state["scaler"])
     return state["seconds"]
 
 
