@@ -1,6 +1,5 @@
 """Real training processes to break, and the table of what they survived."""
 
-import shlex
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -41,12 +40,8 @@ class Run:
         self.out = out
         self.flags = as_flags({**SETTINGS, "data_dir": data_dir, "out_dir": out, **settings})
 
-    def start(self, *launcher: str, nproc: int = 0, **popen: object) -> subprocess.Popen:
-        """Start the run; `launcher` are torchrun's flags, and put it into the loop of workflow.md."""
+    def start(self, nproc: int = 0, **popen: object) -> subprocess.Popen:
         line = command("train_gpt2.py", "--preset", "demo", *self.flags, nproc=nproc)
-        if launcher:
-            torchrun = shlex.join([*line[:3], *launcher, *line[5:]])
-            line = ["bash", "-c", f"for i in 1 2 3 4 5; do {torchrun} && exit 0; sleep 1; done; exit 1"]
         options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(line, **{**options, **popen})
 

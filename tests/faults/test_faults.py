@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -206,24 +205,6 @@ def close(records: Expected) -> list[object]:
     return [pytest.approx(r["loss"], abs=2e-4) for r in records]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_replaced(run: Run, expected: Expected, victim: int) -> None:
-    """torchrun in the loop of workflow.md: the run ends as if nothing had happened."""
-    row = tally("SIGKILL of one rank of two")
-    launcher = ["--standalone", "--nproc_per_node=2", "--max-restarts=3"]
-    process = run.start(*launcher, nproc=2)
-    run.wait_for_step(random.randint(10, 60), process)
-    os.kill(rank_processes(run)[victim], signal.SIGKILL)
-    row.injected += 1
-    row.lost.append(run.lost())
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    records = history(run.out)
-    assert [(r["step"], r["kind"]) for r in records] == [(r["step"], r["kind"]) for r in expected]
-    assert [r["loss"] for r in records] == close(expected)
-    row.survived += 1
-
-
 def test_a_run_moves_between_numbers_of_processes(run: Run, expected: Expected) -> None:
     """Begun on two processes, continued on one and on four: the same order of data."""
     row = tally("two processes, then one, then four")
@@ -239,48 +220,6 @@ def test_a_run_moves_between_numbers_of_processes(run: Run, expected: Expected) 
     assert [(r["step"], r["kind"]) for r in records] == [(r["step"], r["kind"]) for r in expected]
     assert [r["loss"] for r in records] == close(expected)
     row.survived += 2
-
-
-def test_two_machines_lose_one_and_get_it_back(run: Run, expected: Expected) -> None:
-    """Two torchrun agents, each in a loop as in workflow.md; one machine dies and is started again."""
-    row = tally("SIGKILL of one machine of two")
-    port = random.randint(20_000, 50_000)
-    meeting = [
-        f"--rdzv_endpoint=127.0.0.1:{port}",
-        "--rdzv_backend=c10d",
-        "--rdzv_id=faults",
-        "--local_addr=127.0.0.1",
-    ]
-    launcher = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", *meeting]
-
-    def start() -> subprocess.Popen:
-        return run.start(*launcher, nproc=1, start_new_session=True)
-
-    first = start()
-    time.sleep(1)  # the first to come holds the meeting place
-    second = start()
-    run.wait_for_step(10, first)
-    # Its shell and torchrun are one process group; the training process is in a session of its own.
-    own = [pid for pid in rank_processes(run).values() if parent(parent(pid)) == second.pid]
-    assert len(own) == 1
-    os.killpg(second.pid, signal.SIGKILL)
-    for pid in own:
-        os.kill(pid, signal.SIGKILL)
-    row.injected += 1
-    row.lost.append(run.lost())
-    second.communicate()
-    again = start()
-    for process in (first, again):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
-    records = history(run.out)
-    assert [(r["step"], r["kind"]) for r in records] == [(r["step"], r["kind"]) for r in expected]
-    assert [r["loss"] for r in records] == close(expected)
-    row.survived += 1
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def test_no_token_is_ever_written(run: Run, fault_data: Path) -> None:
