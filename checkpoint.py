@@ -8,7 +8,6 @@
 A checkpoint is written to a folder with a temporary name, flushed to the disk, then renamed.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 import tokenizer
 from cli import UserError
 from model import GPT
+from pre_tokens.shards import sha256_of
 
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 TRAINING_STATE = "training_state.pt"
@@ -47,7 +47,7 @@ def save(out_dir: Path, step: int, model: GPT, training_state: dict[str, object]
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary, model.config.block_size)
         torch.save(training_state, temporary / TRAINING_STATE)
-        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
+        sums = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
         (temporary / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
         for file in temporary.iterdir():
             _flush(file)
@@ -83,7 +83,7 @@ def check(folder: Path) -> None:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         for line in lines:
             digest, name = line.split("  ", 1)
-            if _sha256(folder / Path(name).name) != digest:
+            if sha256_of(folder / Path(name).name) != digest:
                 raise UserError(f"{folder / name}: damaged: remove the folder to use an older checkpoint")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a whole checkpoint ({error}): remove the folder") from error
@@ -179,14 +179,6 @@ def _remove(folder: Path) -> None:
     hidden = folder.with_name(UNFINISHED + "old-" + folder.name)
     folder.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:
