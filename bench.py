@@ -34,7 +34,7 @@ import planning
 import runtime
 import tokenizer
 from cli import UserError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, default_loss_chunks
 from settings import PRESETS
 
 BACKENDS = {
@@ -176,7 +176,7 @@ def measure(s: Settings) -> dict[str, object]:
     padded = dataclasses.replace(config, padded_vocab_size=50304 if on_cuda else 0)
     model = GPT(padded).to(rt.device)
     B = s.micro_batch_size or (runtime.largest_micro_batch(model, T, 64, rt) if on_cuda else 1)
-    loss_chunks = s.loss_chunks or (1 if on_cuda else max(1, B * T // 256))
+    loss_chunks = s.loss_chunks or default_loss_chunks(B * T, rt.device)
     p = PRESETS[s.preset]
     optimizers = optim.build_optimizers(
         model, s.optimizer, p.learning_rate, p.embedding_lr_ratio, p.weight_decay

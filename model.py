@@ -195,25 +195,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             pieces = zip(states.chunk(chunks), targets.chunk(chunks), grad_states.chunk(chunks), strict=True)
             for x, target, grad_x in pieces:
                 x = x.to(dtype)
-                logits = (x @ w.t()).float()
-                logits[:, vocab_size:] = -math.inf
-                # log-sum-exp from the likeliest token's logit and probability: one exponential a logit.
+                # A column a position: the libraries beneath torch are up to 1.5 times as fast that way round.
+                logits = (w @ x.t()).float()
+                logits[vocab_size:] = -math.inf
                 known = (target != -100).to(logits.dtype)
-                target = target.clamp_min(0)[:, None]
-                largest, target_logit = logits.amax(dim=-1), logits.gather(1, target).squeeze(1)
-                probs = torch.softmax(logits, dim=-1, out=logits)  # in place: half the memory, half the time
-                loss += ((largest - probs.amax(dim=-1).log() - target_logit) * known).sum()
+                target = target.clamp_min(0)[None]
+                largest, target_logit = logits.amax(dim=0), logits.gather(0, target).squeeze(0)
+                exps = logits.sub_(largest).exp_()  # softmax times `total`, which waits for the small factors
+                total = exps.sum(dim=0)
+                loss += ((largest + total.log() - target_logit) * known).sum()
                 if ctx.needs_input_grad[0]:  # not so in validation, where the weight still asks for one
-                    # d loss / d logits = (softmax - one-hot) · known / count, a factor a row.
-                    probs.scatter_add_(1, target, torch.full_like(probs[:, :1], -1.0))
-                    row_factor = (known / count)[:, None]
-                    grad = probs.to(dtype)
-                    grad_x.copy_((grad @ w) * row_factor)
-                    x = x * row_factor.to(dtype)
+                    # d loss / d logits = (softmax - one-hot) · known / count
+                    exps.scatter_add_(0, target, -total[None])
+                    factor = (known / (count * total))[:, None]
+                    grad = exps.to(dtype)
+                    grad_x.copy_((grad.t() @ w) * factor)
+                    x = (x * factor).to(dtype)
                     if dtype == weight.dtype:
-                        grad_weight.addmm_(grad.t(), x)
+                        grad_weight.addmm_(grad, x)
                     else:
-                        grad_weight += grad.t() @ x
+                        grad_weight += grad @ x
         ctx.save_for_backward(grad_states, grad_weight)
         return loss / count
 
@@ -221,6 +222,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_weight = ctx.saved_tensors
         return grad_states * grad_loss, grad_weight.mul_(grad_loss), None, None, None
+
+
+def default_loss_chunks(n_tokens: int, device: torch.device) -> int:
+    """Parts to compute the loss of `n_tokens` in: one on a GPU; of 512 tokens, the fastest, on a CPU."""
+    return max(1, n_tokens // 512) if device.type == "cpu" else 1
 
 
 class GPT(nn.Module):

@@ -53,7 +53,7 @@ class Settings:
     sequence_length: int = 1024
     """Tokens a sequence."""
     loss_chunks: int = 0
-    """Parts that the loss is computed in: more need less memory. 0: one on a GPU, of 256 tokens on a CPU."""
+    """Parts that the loss is computed in: more need less memory. 0: one on a GPU, of 512 tokens on a CPU."""
 
     # model
     block_size: int = 1024

@@ -38,7 +38,7 @@ import plot_loss
 import runtime
 import tokenizer
 from cli import UserError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, default_loss_chunks
 from pre_tokens import builtin_corpus
 from settings import Settings, check_settings, read_settings
 
@@ -274,7 +274,7 @@ def train(s: Settings) -> int:
         model, s.sequence_length, sequences_per_step // world_size, rt
     )
     accumulation_steps = sequences_per_step // (B * world_size)
-    loss_chunks = s.loss_chunks or (max(1, B * s.sequence_length // 256) if rt.device.type == "cpu" else 1)
+    loss_chunks = s.loss_chunks or default_loss_chunks(B * s.sequence_length, rt.device)
     optimizers = optim.build_optimizers(
         model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay
     )
