@@ -131,10 +131,27 @@ def start(device: str, dtype: Dtype) -> Runtime:
         # Rank 0 may fetch data or write samples while the others wait, which takes longer than most steps.
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
+            store=_store_of_this_start(),
+            rank=rank,
+            world_size=world_size,
             timeout=timedelta(hours=2),
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return runtime
+
+
+def _store_of_this_start() -> dist.Store | None:
+    """Where the processes find each other's addresses; None: where MASTER_ADDR and MASTER_PORT say.
+
+    On one machine torchrun keeps one store through all its restarts, and in it the addresses of processes
+    that have died (pytorch/pytorch#135712): every start takes keys of its own. Machines count restarts
+    each for themselves, so with several of them torchrun must be told to make new stores: see workflow.md.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"restart_{env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
