@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,11 @@ def write_shard(path: Path, n_tokens: int, seed: int = 0) -> Path:
     return path
 
 
-def command(script: str, *args: str, nproc: int = 0) -> list[str]:
+def command(
+    script: str, *args: str, nproc: int = 0, torchrun: Sequence[str] = ("--standalone",)
+) -> list[str]:
     """The command line of a script, under torchrun if `nproc` is given."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
+    launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={nproc}"] if nproc else []
     return [sys.executable, *launcher, str(ROOT / script), *args]
 
 

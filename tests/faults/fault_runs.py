@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,8 +41,10 @@ class Run:
         self.out = out
         self.flags = as_flags({**SETTINGS, "data_dir": data_dir, "out_dir": out, **settings})
 
-    def start(self, nproc: int = 0, **popen: object) -> subprocess.Popen:
-        line = command("train_gpt2.py", "--preset", "demo", *self.flags, nproc=nproc)
+    def start(
+        self, nproc: int = 0, torchrun: Sequence[str] = ("--standalone",), **popen: object
+    ) -> subprocess.Popen:
+        line = command("train_gpt2.py", "--preset", "demo", *self.flags, nproc=nproc, torchrun=torchrun)
         options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(line, **{**options, **popen})
 
@@ -61,6 +64,19 @@ class Run:
     def lost(self) -> int:
         """Steps that were done and will have to be done again."""
         return max(0, self.last_step() - self.last_checkpoint())
+
+    def rank_processes(self) -> dict[int, int]:
+        """Rank -> process id of the training processes that torchrun has started."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                line = (folder / "cmdline").read_bytes()
+                if str(self.out).encode() in line and b"torch.distributed.run" not in line:
+                    pairs = (v.split(b"=", 1) for v in (folder / "environ").read_bytes().split(b"\0") if v)
+                    found[int(dict(pairs)[b"RANK"])] = int(folder.name)
+            except (OSError, KeyError):
+                continue
+        return found
 
     def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
         deadline = time.monotonic() + 120

@@ -8,6 +8,8 @@ import random
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -184,22 +186,6 @@ def test_a_second_run_in_one_folder_is_refused(run: Run, expected: Expected) -> 
     row.survived += 1
 
 
-def rank_processes(run: Run) -> dict[int, int]:
-    """Rank -> process id of a run's training processes under torchrun."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (folder / "cmdline").read_bytes()
-            if str(run.out).encode() in line and b"torch.distributed.run" not in line:
-                variables = dict(
-                    v.split(b"=", 1) for v in (folder / "environ").read_bytes().split(b"\0") if v
-                )
-                found[int(variables[b"RANK"])] = int(folder.name)
-        except (OSError, KeyError):
-            continue
-    return found
-
-
 def close(records: Expected) -> list[object]:
     """Losses of a history to within what the order of adding makes of them."""
     return [pytest.approx(r["loss"], abs=2e-4) for r in records]
@@ -211,7 +197,7 @@ def test_a_run_moves_between_numbers_of_processes(run: Run, expected: Expected) 
     for nproc, until in ((2, 20), (0, 40)):
         process = run.start(nproc=nproc)
         run.wait_for_step(until, process)
-        os.kill(rank_processes(run)[0] if nproc else process.pid, signal.SIGTERM)
+        os.kill(run.rank_processes()[0] if nproc else process.pid, signal.SIGTERM)
         process.communicate(timeout=60)
         row.injected += 1
         row.lost.append(run.lost())
@@ -220,6 +206,71 @@ def test_a_run_moves_between_numbers_of_processes(run: Run, expected: Expected) 
     assert [(r["step"], r["kind"]) for r in records] == [(r["step"], r["kind"]) for r in expected]
     assert [r["loss"] for r in records] == close(expected)
     row.survived += 2
+
+
+@pytest.fixture(scope="module")
+def expected_of_two(fault_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    """The metrics of a run on two processes that nothing happens to."""
+    run = Run(fault_data, tmp_path_factory.mktemp("undisturbed_two") / "run")
+    done = run.finish(nproc=2)
+    assert done.returncode == 0, done.stderr
+    return history(run.out)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_replaces_a_rank_that_dies(run: Run, expected_of_two: Expected, rank: int) -> None:
+    """Twice in one run, without anyone giving a command."""
+    row = tally(f"SIGKILL of rank {rank} of two, replaced by torchrun")
+    process = run.start(nproc=2, torchrun=("--standalone", "--max-restarts=3"))
+    for until in (random.randint(3, 40), random.randint(60, 100)):
+        run.wait_for_step(until, process)
+        os.kill(run.rank_processes()[rank], signal.SIGKILL)
+        row.injected += 1
+        row.lost.append(run.lost())
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    run.check(expected_of_two)
+    row.survived += 2
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_machines_dies_and_comes_back(run: Run, expected_of_two: Expected, victim: int) -> None:
+    """Two agents as on two machines, started again as the loop of workflow.md does.
+
+    The first is the one where they meet: without it the other ends too, and is started again.
+    """
+    row = tally(f"machine {victim + 1} of two dies and comes back")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meet = ("--nnodes=2", "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}")
+    env = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+    def start_machine() -> subprocess.Popen:
+        return run.start(nproc=1, torchrun=(*meet, "--rdzv_id=test"), env=env, **quiet)
+
+    machines = [start_machine(), start_machine()]
+    run.wait_for_step(random.randint(12, 60), machines[0])
+    children = [pid for pid in run.rank_processes().values() if parent(pid) == machines[victim].pid]
+    for pid in (machines[victim].pid, *children):
+        os.kill(pid, signal.SIGKILL)
+    row.injected += 1
+    row.lost.append(run.lost())
+    machines[victim].wait()
+    deadline = time.monotonic() + 240
+    while any(machine.poll() != 0 for machine in machines):
+        assert time.monotonic() < deadline
+        for number, machine in enumerate(machines):
+            if machine.poll():
+                machines[number] = start_machine()
+        time.sleep(1)
+    run.check(expected_of_two)
+    row.survived += 1
+
+
+def parent(pid: int) -> int:
+    """The process that started `pid`."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def test_no_token_is_ever_written(run: Run, fault_data: Path) -> None:
