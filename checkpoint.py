@@ -110,7 +110,10 @@ def load_training_state(folder: Path) -> dict[str, object]:
     """What `save` was given as training_state, on the CPU. Raises UserError where it cannot be read."""
     file = folder / TRAINING_STATE
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not all(isinstance(state[key], dict) for key in ("identity", "optimizer", "scaler", "seconds")):
+            raise TypeError("not a training state")
+        return state
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: cannot be loaded ({reason}): use another checkpoint") from error

@@ -69,7 +69,7 @@ def open_shard(path: Path) -> Shard:
         size = path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check --data-dir") from error
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # numpy's parser stumbles over a damaged header in many ways
         raise UserError(f"{path}: not a npy file, or a damaged one: fetch or build it again") from error
     if dtype != np.dtype("<u2"):
         raise UserError(f"{path}: holds {dtype}, not uint16: build it again with pre_tokens/handle_tokens.py")

@@ -16,6 +16,7 @@ from cli import UserError
 
 Record = dict[str, object]
 Sink = Callable[[Record], None]
+MEASUREMENTS = {"train": "loss", "val": "loss", "hellaswag": "acc"}  # kind -> what each has at least
 
 
 class Metrics:
@@ -63,12 +64,23 @@ def read(path: Path) -> list[Record]:
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-            if not (isinstance(record["step"], int) and isinstance(record["kind"], str)):
-                raise ValueError("step and kind")
+            if not _is_record(record):
+                raise ValueError("another kind of record")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not a record of a run: remove the line") from error
         records.append(record)
     return records
+
+
+def _is_record(record: Record) -> bool:
+    """Whether a line from a file is what `log` writes: counted steps, measured values finite or null."""
+    if not (type(record["step"]) is int and 0 <= record["step"] < 2**53 and isinstance(record["kind"], str)):
+        return False
+    if record["kind"] not in MEASUREMENTS:
+        return True
+    values = [value for key, value in record.items() if key not in ("step", "kind")]
+    numbers = all(value is None or (type(value) in (int, float) and abs(value) < 1e300) for value in values)
+    return numbers and MEASUREMENTS[record["kind"]] in record
 
 
 def _line(record: Record) -> str:

@@ -427,11 +427,18 @@ class GPT(nn.Module):
         if not folder.is_dir():
             folder = _download(str(name_or_folder))
         config = _read_config(folder / "config.json", padded_vocab_size)
+        tensors = _read_tensors(folder)
+        # Before a model is built: a config that lies could ask for any amount of memory.
+        vocabulary, positions = (tensors.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
+        shapes = [None if t is None else tuple(t.shape) for t in (vocabulary, positions)]
+        due = [(config.vocab_size, config.n_embd), (config.block_size, config.n_embd)]
+        if shapes != due or f"transformer.h.{config.n_layer - 1}.ln_1.weight" not in tensors:
+            raise UserError(f"{folder}: config.json describes another shape of model than the weights have")
         with torch.device("meta"):  # without drawing first weights
             model = cls(config)
         model.to_empty(device="cpu")
         model.lm_head.weight = model.transformer.wte.weight
-        model.load_weights(folder)
+        model._copy_weights(tensors, folder)
         return model
 
     def load_weights(self, folder: Path) -> None:
@@ -439,23 +446,13 @@ class GPT(nn.Module):
 
         Raises UserError where a file is missing or damaged, or holds another shape of model.
         """
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise UserError(
-                f"{folder}: no model.safetensors in it: name a run, a checkpoint or a GPT-2 folder"
-            )
-        found: dict[str, Tensor] = {}
-        for file in files:
-            try:
-                found |= safetensors.torch.load_file(file)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: damaged: {error}: take another checkpoint") from error
-        # OpenAI's own upload has no prefix, carries the causal masks, and leaves out the tied head.
-        found = {f"transformer.{name.removeprefix('transformer.')}": t for name, t in found.items()}
+        self._copy_weights(_read_tensors(folder), folder)
+
+    def _copy_weights(self, tensors: dict[str, Tensor], folder: Path) -> None:
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 rows = parameter[: self.config.vocab_size] if name.endswith("wte.weight") else parameter
-                tensor = found.get(name)
+                tensor = tensors.get(name)
                 if tensor is not None and name.endswith(CONV1D_WEIGHTS):
                     tensor = tensor.t()
                 if tensor is None or tensor.shape != rows.shape:
@@ -546,6 +543,21 @@ def _download(name: str) -> Path:
         ) from error
 
 
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's `model*.safetensors`, by their names in GPT2LMHeadModel."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no model.safetensors in it: name a run, a checkpoint or a GPT-2 folder")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            found |= safetensors.torch.load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged: {error}: take another checkpoint") from error
+    # OpenAI's own upload has no prefix, carries the causal masks, and leaves out the tied head.
+    return {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in found.items()}
+
+
 def _read_config(file: Path, padded_vocab_size: int) -> GPTConfig:
     """GPTConfig from a Hugging Face config.json; UserError where it describes something else than GPT-2."""
     try:
@@ -560,7 +572,7 @@ def _read_config(file: Path, padded_vocab_size: int) -> GPTConfig:
         )
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing: name a run, a checkpoint or a GPT-2 folder") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file}: not the configuration of a GPT-2 ({error!r})") from error
     # Each of these keys has GPT-2's own value as transformers' default.
     expected = {

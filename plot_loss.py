@@ -7,6 +7,7 @@ A run is a run folder, its metrics.jsonl, or a plain log of older trainers: line
 `STEP val LOSS`, `STEP hella ACC`.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import cli
 import metrics
 from cli import UserError
 
-PLAIN_LINE = re.compile(r"(\d+)\s+(train|val|hella)\s+(\S+)")
+PLAIN_LINE = re.compile(r"(\d{1,15})\s+(train|val|hella)\s+(\S+)")
 
 
 @dataclass
@@ -159,6 +160,7 @@ def _plain_lines(file: Path) -> list[tuple[str, int, object]]:
         match = PLAIN_LINE.match(line.strip())
         try:
             step, kind, value = int(match[1]), match[2], float(match[3])
+            value = value if abs(value) < 1e300 else math.nan
         except (TypeError, ValueError) as error:
             raise UserError(f"{file}: line {number} is not `STEP train|val|hella VALUE`") from error
         found.append(("hellaswag" if kind == "hella" else kind, step, value))

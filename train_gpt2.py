@@ -234,7 +234,7 @@ def restore(
         raise UserError(f"{folder}: not on this machine: --out-dir must be on a disk that every machine sees")
     state = checkpoint.load_training_state(folder)
     for key, value in identity.items():
-        saved = state.get("identity", {}).get(key)
+        saved = state["identity"].get(key)
         if saved != value:
             name = "the data (--data-dir, --num-shards)" if key == "data" else f"--{key.replace('_', '-')}"
             name = "the shape of the model" if key == "model" else name
