@@ -15,6 +15,7 @@ from typing import IO, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from cli import UserError
 
@@ -246,6 +247,19 @@ def _ram_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 0
+
+
+def attention_backend(runtime: Runtime, n_head: int, head_size: int, sequence_length: int) -> str:
+    """The kernel that scaled_dot_product_attention picks for these shapes: flash, cudnn, efficient, math.
+
+    torch decides by device, precision and its own versions: cuDNN on Hopper, flash on other GPUs and CPUs.
+    """
+    if runtime.device.type not in ("cpu", "cuda"):
+        return "default"
+    shape = (1, n_head, sequence_length, head_size)
+    q = torch.empty(shape, device=runtime.device, dtype=runtime.dtype, requires_grad=True)
+    choice = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
+    return choice.name.removesuffix("_ATTENTION").lower()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -325,7 +325,11 @@ def train(s: Settings) -> int:
     shape = f"{B} x {s.sequence_length} x {world_size} processes x {accumulation_steps} rounds"
     say(f"batch      {s.total_batch_size:,} tokens = {shape}")
     compiled = "compiled" if s.compile else "not compiled"
-    say(f"device     {runtime.hardware(rt)['name']}, {rt.dtype}, {compiled}")
+    config = model.config
+    attention = runtime.attention_backend(
+        rt, config.n_head, config.n_embd // config.n_head, s.sequence_length
+    )
+    say(f"device     {runtime.hardware(rt)['name']}, {rt.dtype}, {compiled}, {attention} attention")
     say(f"run        {s.out_dir}: steps {first_step} to {s.max_steps}")
     if s.sequence_length < model.config.block_size:
         say(f"warning: positions from {s.sequence_length} on stay untrained: --block-size leaves them out")

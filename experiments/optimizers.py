@@ -60,24 +60,17 @@ CPU_CANDIDATES = (
     Candidate("tuned AdamW", "gpt2-124m-tuned", (1e-3, 2e-3, 4e-3, 8e-3)),
     Candidate("Muon", "gpt2-124m-muon", (1e-3, 2e-3, 4e-3, 8e-3)),
 )
-CPU_MODEL = ["--n-layer", "4", "--n-head", "4", "--n-embd", "128", "--sequence-length", "128"]
-CPU_MODEL += [
-    "--block-size",
-    "128",
-    "--total-batch-size",
-    "1024",
-    "--val-tokens",
-    "32768",
-    "--val-interval",
-    "10",
-]
+CPU_MODEL = (
+    "--n-layer 4 --n-head 4 --n-embd 128 --sequence-length 128 --block-size 128 "
+    "--total-batch-size 1024 --val-tokens 16384 --val-interval 20"
+)
 
 GPU_CANDIDATES = (
     Candidate("recipe's AdamW", "gpt2-124m", (3e-4, 6e-4, 1.2e-3, 2.4e-3)),
     Candidate("tuned AdamW", "gpt2-124m-tuned", (6e-4, 1.2e-3, 1.8e-3, 3.6e-3)),
     Candidate("Muon", "gpt2-124m-muon", (6e-4, 1.2e-3, 1.8e-3, 3.6e-3)),
 )
-GPU_MODEL = ["--total-batch-size", "65536", "--val-tokens", "524288", "--val-interval", "25"]
+GPU_MODEL = "--total-batch-size 65536 --val-tokens 524288 --val-interval 25"
 
 
 def train(s: Settings, candidate: Candidate, learning_rate: float, max_steps: int) -> Path:
@@ -85,17 +78,10 @@ def train(s: Settings, candidate: Candidate, learning_rate: float, max_steps: in
     run = s.out_dir / f"{candidate.preset}-{learning_rate:g}"
     if not (run / "summary.json").exists():
         command = [sys.executable, str(ROOT / "train_gpt2.py"), "--data-dir", str(s.data_dir)]
-        command += [
-            "--out-dir",
-            str(run),
-            "--resume",
-            "--max-steps",
-            str(max_steps),
-            "--keep-checkpoints",
-            "1",
-        ]
-        command += ["--learning-rate", str(learning_rate), *candidate.flags(max_steps)]
-        command += ["--sample-interval", "0", *(GPU_MODEL if s.gpu else CPU_MODEL)]
+        command += ["--out-dir", str(run), "--resume", "--keep-checkpoints", "1"]
+        command += ["--max-steps", str(max_steps), "--learning-rate", str(learning_rate)]
+        command += candidate.flags(max_steps)
+        command += ["--sample-interval", "0", *(GPU_MODEL if s.gpu else CPU_MODEL).split()]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise UserError(f"{run}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

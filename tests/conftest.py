@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TINY, T, write_shard
+from hypothesis import HealthCheck, settings
 
 import train_gpt2
 from settings import PRESETS
+
+# Machines are shared: no deadlines. One temporary folder for all examples of a test is meant.
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.register_profile("long", settings.get_profile("default"), max_examples=20_000)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dataloader
@@ -19,13 +19,6 @@ import metrics
 import plot_loss
 from cli import UserError
 from model import GPT, GPTConfig
-
-# One folder for all examples of a test is meant: each example overwrites the file.
-settings.register_profile(
-    "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-settings.register_profile("long", settings.get_profile("default"), max_examples=20_000)
-settings.load_profile("default")
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

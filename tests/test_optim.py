@@ -1,9 +1,11 @@
 """Schedules against their formulas; which parameters decay."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import checkpoint
@@ -99,6 +101,32 @@ def test_q_k_and_v_are_orthogonalised_separately() -> None:
         alone.grad = piece_gradient
         optim.Muon([{"params": [alone]}], 0.02, 0.1).step()
         torch.testing.assert_close(alone.detach(), updated)
+
+
+def muon_steps(rank: int, world_size: int, folder: Path) -> None:
+    """Two Muon steps on three matrices, as one of several processes; what comes out goes into a file."""
+    if world_size > 1:
+        dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    generator = torch.Generator().manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(n, 8, generator=generator)) for n in (8, 12, 24)]
+    muon = optim.Muon([{"params": matrices[:2]}, {"params": matrices[2:], "parts": 3}], 0.02, 0.1)
+    for _ in range(2):
+        for matrix in matrices:
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+        muon.step()
+    buffers = [muon.state[matrix]["momentum_buffer"] for matrix in matrices]
+    torch.save([*(matrix.data for matrix in matrices), *buffers], folder / f"{rank}_of_{world_size}.pt")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def test_muon_on_two_processes_equals_one(tmp_path: Path) -> None:
+    muon_steps(0, 1, tmp_path)
+    torch.multiprocessing.spawn(muon_steps, (2, tmp_path), nprocs=2)
+    alone = torch.load(tmp_path / "0_of_1.pt")
+    for rank in range(2):
+        together = torch.load(tmp_path / f"{rank}_of_2.pt")
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

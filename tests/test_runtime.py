@@ -66,3 +66,13 @@ def test_micro_batch_divides_the_share_of_a_process() -> None:
 
 def test_measured_peak_is_a_rate_of_this_machine() -> None:
     assert 1e9 < runtime.peak_flops(CPU, torch.float32) < 1e14
+
+
+def test_attention_on_a_cpu_is_flash() -> None:
+    """The choice that torch reports, against the kernel that it really runs."""
+    here = runtime.Runtime(CPU, torch.float32)
+    assert runtime.attention_backend(here, 2, 8, 16) == "flash"
+    q = torch.randn(1, 2, 16, 8, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert any("flash_attention" in event.key for event in profile.key_averages())
