@@ -66,7 +66,7 @@ class Settings:
     micro_batch_size: int = 0
     """Sequences at once. 0: the largest that fits on a GPU, 1 on a CPU."""
     loss_chunks: int = 0
-    """Parts that the loss is computed in. 0: one on a GPU, of 256 tokens on a CPU."""
+    """Parts that the loss is computed in. 0: one on a GPU, of 512 tokens on a CPU."""
     accumulation_steps: int = 1
     """Micro-batches a step."""
     optimizer: optim.OptimizerName = "adamw"
