@@ -8,6 +8,7 @@
 A checkpoint is written to a folder with a temporary name, flushed to the disk, then renamed.
 """
 
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 import tokenizer
 from cli import UserError
 from model import GPT
+from optim import Muon
 from pre_tokens.shards import sha256_of
 
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -111,7 +113,8 @@ def load_training_state(folder: Path) -> dict[str, object]:
     file = folder / TRAINING_STATE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        if not all(isinstance(state[key], dict) for key in ("identity", "optimizer", "scaler", "seconds")):
+        json.dumps([state["identity"], state["scaler"]])  # plain values, no tensors
+        if not sum(state["seconds"].values()) >= 0 or not isinstance(state["optimizer"], dict):
             raise TypeError("not a training state")
         return state
     except Exception as error:
@@ -164,9 +167,15 @@ def load_optimizer_state(
     for optimizer in optimizers:
         state = {}
         order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, name in enumerate(names[parameter] for parameter in order):
+        keys = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        for index, (name, parameter) in enumerate((names[parameter], parameter) for parameter in order):
+            rows = parameter[: model.config.vocab_size] if name.endswith("wte.weight") else parameter
+            shapes = {key: torch.Size() if key == "step" else rows.shape for key in keys}
+            # The fused optimizers write into these without looking at their size.
+            if {key: value.shape for key, value in saved[name].items()} != shapes:
+                raise ValueError(f"the state of {name} has another shape")
             state[index] = {
-                key: F.pad(value, (0, 0, 0, padding)) if _is_padded(name, value) else value
+                key: F.pad(value, (0, 0, 0, padding)) if _is_padded(name, value) else value.contiguous()
                 for key, value in saved[name].items()
             }
         groups = optimizer.state_dict()["param_groups"]

@@ -32,6 +32,7 @@ from cli import UserError
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FEW_ROWS = 16  # up to here a CPU is busier reading a matrix than multiplying by it
+WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that files may hold
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -201,16 +202,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 known = (target != -100).to(logits.dtype)
                 target = target.clamp_min(0)[None]
                 largest, target_logit = logits.amax(dim=0), logits.gather(0, target).squeeze(0)
-                exps = logits.sub_(largest).exp_()  # softmax times `total`, which waits for the small factors
-                total = exps.sum(dim=0)
+                probs = logits.sub_(largest).exp_()
+                total = probs.sum(dim=0)
                 loss += ((largest + total.log() - target_logit) * known).sum()
                 if ctx.needs_input_grad[0]:  # not so in validation, where the weight still asks for one
-                    # d loss / d logits = (softmax - one-hot) · known / count
-                    exps.scatter_add_(0, target, -total[None])
-                    factor = (known / (count * total))[:, None]
-                    grad = exps.to(dtype)
+                    # d loss / d logits = (softmax - one-hot) · known / count, a factor a column.
+                    probs.div_(total).scatter_add_(0, target, torch.full_like(probs[:1], -1.0))
+                    factor = (known / count)[:, None]
+                    grad = probs.to(dtype)
                     grad_x.copy_((grad.t() @ w) * factor)
-                    x = (x * factor).to(dtype)
+                    x = x * factor.to(dtype)
                     if dtype == weight.dtype:
                         grad_weight.addmm_(grad, x)
                     else:
@@ -428,14 +429,15 @@ class GPT(nn.Module):
             folder = _download(str(name_or_folder))
         config = _read_config(folder / "config.json", padded_vocab_size)
         tensors = _read_tensors(folder)
-        # Before a model is built: a config that lies could ask for any amount of memory.
+        # A config that lies could ask for any amount of memory: nothing is built that the file has not.
         vocabulary, positions = (tensors.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
         shapes = [None if t is None else tuple(t.shape) for t in (vocabulary, positions)]
         due = [(config.vocab_size, config.n_embd), (config.block_size, config.n_embd)]
-        if shapes != due or f"transformer.h.{config.n_layer - 1}.ln_1.weight" not in tensors:
+        if shapes != due or config.n_layer > len(tensors):
             raise UserError(f"{folder}: config.json describes another shape of model than the weights have")
         with torch.device("meta"):  # without drawing first weights
             model = cls(config)
+        model._copy_weights(tensors, folder)  # to nowhere: only names and shapes are looked at
         model.to_empty(device="cpu")
         model.lm_head.weight = model.transformer.wte.weight
         model._copy_weights(tensors, folder)
@@ -453,10 +455,10 @@ class GPT(nn.Module):
             for name, parameter in self.named_parameters():
                 rows = parameter[: self.config.vocab_size] if name.endswith("wte.weight") else parameter
                 tensor = tensors.get(name)
-                if tensor is not None and name.endswith(CONV1D_WEIGHTS):
+                if tensor is not None and tensor.dim() == 2 and name.endswith(CONV1D_WEIGHTS):
                     tensor = tensor.t()
-                if tensor is None or tensor.shape != rows.shape:
-                    have = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                if tensor is None or tensor.shape != rows.shape or tensor.dtype not in WEIGHT_TYPES:
+                    have = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
                     raise UserError(
                         f"{folder}: {name} is {have}, not {tuple(rows.shape)}: this is another shape of model"
                     )

@@ -25,6 +25,8 @@ except ImportError:  # Windows
     fcntl = None
 
 T = TypeVar("T")
+# Rank 0 may fetch data or write samples while the others wait, which takes longer than most steps.
+PATIENCE = timedelta(hours=2)
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 # Peak rate of dense 16-bit matrix products, in TFLOP/s, from NVIDIA's data sheets (without sparsity).
@@ -129,13 +131,12 @@ def start(device: str, dtype: Dtype) -> Runtime:
         # What autocast leaves in fp32 goes through TF32 units; on a CPU this setting is left alone.
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
-        # Rank 0 may fetch data or write samples while the others wait, which takes longer than most steps.
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             store=_store_of_this_start(),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(hours=2),
+            timeout=PATIENCE,
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return runtime
@@ -151,7 +152,7 @@ def _store_of_this_start() -> dist.Store | None:
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
         return None
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
     return dist.PrefixStore(f"restart_{env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 

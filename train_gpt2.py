@@ -242,9 +242,12 @@ def restore(
                 f"{folder}: {name} was {saved} and is now {value}: set it back, or use another --out-dir"
             )
     model.load_weights(folder)
-    checkpoint.load_optimizer_state(model, optimizers, state["optimizer"])
-    if state["scaler"]:  # empty where the run was not in fp16
-        scaler.load_state_dict(state["scaler"])
+    try:
+        checkpoint.load_optimizer_state(model, optimizers, state["optimizer"])
+        if state["scaler"]:  # empty where the run was not in fp16
+            scaler.load_state_dict(state["scaler"])
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: not a state of this run ({error!r}): use another checkpoint") from error
     return state["seconds"]
 
 

@@ -129,14 +129,16 @@ def model_card(run: Path, step: int, repo_id: str, files: dict[str, Path]) -> st
     for kind, name in (("val", "validation loss"), ("train", "training loss, last step")):
         if last.get(kind, {}).get("loss") is not None:
             rows[name] = f"{last[kind]['loss']:.4f}"
-    if "hellaswag" in last:
+    if "hellaswag" in last and all(
+        last["hellaswag"].get(key) is not None for key in ("acc", "acc_norm", "n")
+    ):
         score, published = last["hellaswag"], hellaswag.PUBLISHED["completion"]
         rows["HellaSwag, acc / acc_norm"] = f"{score['acc']:.4f} / {score['acc_norm']:.4f} of {score['n']:,}"
         rows["HellaSwag, GPT-2 124M as published"] = f"{published[0]:.4f} / {published[1]:.4f}"
     if hardware:
         rows["hardware"] = "{processes} x {name}, {dtype}".format(**hardware)
     if any(r["kind"] == "train" for r in records):
-        minutes = sum(r["step_ms"] for r in records if r["kind"] == "train") / 60_000
+        minutes = sum(r.get("step_ms") or 0 for r in records if r["kind"] == "train") / 60_000
         rows["time in training steps"] = (
             f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.1f} minutes"
         )

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import TINY, T, as_flags, run_script, write_shard
 
 import cli
 import plot_loss
 import train_gpt2
+from pre_tokens.shards import sha256_of
 
 
 def fails(
@@ -178,6 +180,46 @@ def test_damaged_checkpoints(
     flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": run.with_name("new"), "init_from": str(run)})
     fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
     assert not run.with_name("new").exists()
+
+
+HOSTILE_STATES: dict[str, Callable[[dict], object]] = {
+    "moments of another shape": lambda state: change_moments(state, lambda moment: torch.zeros(3)),
+    "moments of 2^40": lambda state: change_moments(state, lambda moment: torch.zeros(1).expand(2**40)),
+    "numbers for moments": lambda state: change_moments(state, lambda moment: 3),
+    "numbers for a state": lambda state: state["optimizer"].update({k: 3 for k in state["optimizer"]}),
+    "an empty state": lambda state: state["optimizer"].update({k: {} for k in state["optimizer"]}),
+    "a tensor for the scaler": lambda state: state.update(scaler={"x": torch.zeros(1)}),
+    "a tensor for the identity": lambda state: state.update(identity={"model": torch.zeros(2)}),
+    "words for seconds": lambda state: state.update(seconds={"training": "x"}),
+    "a list": lambda state: state.update(optimizer=[1]),
+}
+
+
+def change_moments(state: dict, change: Callable[[torch.Tensor], object]) -> None:
+    for own in state["optimizer"].values():
+        own.update({key: change(value) for key, value in own.items() if value.dim()})
+
+
+@pytest.mark.parametrize("case", HOSTILE_STATES)
+def test_training_states_that_lie(
+    case: str,
+    train: Callable[..., Path],
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Checksums and all in order, as someone else's run may be."""
+    run = train(max_steps=2)
+    folder = run / "checkpoints" / "step_000002"
+    state = torch.load(folder / "training_state.pt")
+    HOSTILE_STATES[case](state)
+    torch.save(state, folder / "training_state.pt")
+    sums = (folder / "SHA256SUMS").read_text().splitlines()
+    own = f"{sha256_of(folder / 'training_state.pt')}  training_state.pt"
+    sums = [own if line.endswith("training_state.pt") else line for line in sums]
+    (folder / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": run, "resume": True, "max_steps": 4})
+    assert "step_000002" in fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
 
 
 def test_an_out_dir_that_is_a_file(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import dataloader
 import metrics
 import plot_loss
+import upload_hf
 from cli import UserError
 from model import GPT, GPTConfig
 
@@ -156,9 +158,11 @@ RUN = "".join(
 
 
 @given(content=LINES | damaged(RUN) | st.binary(max_size=50))
-def test_metrics(content: bytes, tmp_path: Path) -> None:
+def test_metrics(content: bytes, whole_model: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    check_curves(tmp_path)
+    if check_curves(tmp_path):
+        (tmp_path / "model.json").write_bytes(whole_model["config.json"])
+        upload_hf.model_card(tmp_path, 9, "ann/x", {"config.json": tmp_path / "model.json"})
 
 
 @given(content=damaged(b"10 train 5.25\n20 val 4.5\n20 hella 0.25\n") | st.text(max_size=50).map(str.encode))
@@ -187,6 +191,13 @@ def test_sizes_that_lie_take_no_memory(whole_model: dict[str, bytes], tmp_path: 
         for changes in ({"n_layer": 10**9}, {"n_embd": 2**20}, {"vocab_size": 2**40}, {"n_positions": 2**40}):
             config = json.dumps(json.loads(whole_model["config.json"]) | changes).encode()
             load_model(tmp_path, config, whole_model["model.safetensors"])
+        wide = {"wte.weight": torch.zeros(1, 2**17), "wpe.weight": torch.zeros(1, 2**17)}
+        far = {"wte.weight": torch.zeros(11, 2), "wpe.weight": torch.zeros(4, 2)}
+        far[f"h.{10**9 - 1}.ln_1.weight"] = torch.zeros(2)
+        lies = ((wide, {"vocab_size": 1, "n_positions": 1, "n_embd": 2**17}), (far, {"n_layer": 10**9}))
+        for tensors, changes in lies:
+            config = json.dumps(json.loads(whole_model["config.json"]) | changes).encode()
+            load_model(tmp_path, config, safetensors.torch.save(tensors))
         header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
         for length in (len(header), 2**62):
             weights = struct.pack("<Q", length) + header

@@ -10,7 +10,7 @@ import transformers
 
 import model as model_module
 from cli import UserError
-from model import GPT, GPTConfig
+from model import GPT, ChunkedCrossEntropy, GPTConfig
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 
@@ -169,6 +169,26 @@ def test_loss_in_chunks_is_the_same_loss(chunks: int) -> None:
         assert (parameter.grad - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
     with torch.no_grad():
         torch.testing.assert_close(model(idx, targets, chunks)[1], expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.02, 1.5])
+def test_loss_in_chunks_in_16_bits(dtype: torch.dtype, spread: float) -> None:
+    """Against fp64, over the whole vocabulary and with a scaler's factor: nothing under- or overflows."""
+    generator = torch.Generator().manual_seed(7)
+    states = torch.randn(32, 16, generator=generator)
+    weight = spread * torch.randn(50304, 16, generator=generator)
+    targets = torch.randint(50257, (32,), generator=generator)
+    ours = [states.clone().requires_grad_(), weight.clone().requires_grad_()]
+    with torch.autocast("cpu", dtype):
+        loss = ChunkedCrossEntropy.apply(*ours, targets, 50257, 2)
+    (loss * 2**16).backward()
+    exact = [states.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1][:50257].t(), targets)
+    (expected * 2**16).backward()
+    assert abs(loss - expected) < 2e-2
+    for mine, right in zip(ours, exact, strict=True):
+        assert (mine.grad - right.grad).norm() < 2e-2 * right.grad.norm()
 
 
 def test_padding_is_never_sampled() -> None:

@@ -97,7 +97,16 @@ def test_a_state_moves_between_models_with_and_without_padding(tmp_path: Path) -
     """A run begun on a GPU, padded, goes on where there is no padding, and back."""
     padded, optimizer = small_model()
     folder = checkpoint.save(
-        tmp_path, 1, padded, {"optimizer": checkpoint.optimizer_state(padded, [optimizer])}, keep=1
+        tmp_path,
+        1,
+        padded,
+        {
+            "identity": {},
+            "scaler": {},
+            "seconds": {},
+            "optimizer": checkpoint.optimizer_state(padded, [optimizer]),
+        },
+        keep=1,
     )
     plain = GPT(GPTConfig(8, 50257, 1, 1, 4))
     plain.load_weights(folder)
