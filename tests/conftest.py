@@ -18,7 +18,7 @@ settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("default")  # rather than the one that hypothesis takes where CI is set
-settings.register_profile("long", settings.get_profile("default"), max_examples=20_000)
+settings.register_profile("long", settings.get_profile("default"), max_examples=5_000)
 
 
 @pytest.fixture
