@@ -84,7 +84,8 @@ def train(s: Settings, candidate: Candidate, learning_rate: float, max_steps: in
         command += ["--sample-interval", "0", *(GPU_MODEL if s.gpu else CPU_MODEL).split()]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise UserError(f"{run}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(last.removeprefix("error: "))
     return run
 
 
