@@ -8,9 +8,15 @@
 MFU is the share of the device's peak that 6N + 12·L·d·T FLOPs a token come to: GPT.flops_per_token.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import dataclasses
 import json
+import math
 import platform
 import resource
 import statistics
@@ -69,8 +75,8 @@ class Settings:
     """Parts that the loss is computed in. 0: one on a GPU, of 512 tokens on a CPU."""
     accumulation_steps: int = 1
     """Micro-batches a step."""
-    optimizer: optim.OptimizerName = "adamw"
-    """adamw or muon."""
+    optimizer: Literal["preset", "adamw", "muon"] = "preset"
+    """preset: the one that the preset trains with."""
     attention: Literal["default", "cudnn", "flash", "efficient", "math"] = "default"
     """Kernel of scaled_dot_product_attention."""
     loader: Literal["memmap", "int64"] = "memmap"
@@ -109,10 +115,27 @@ class Settings:
     """Print one JSON object."""
 
 
-def model_config(s: Settings) -> tuple[GPTConfig, int]:
-    """The model to time or plan and its sequence length."""
+def check_settings(s: Settings) -> None:
+    """Raise UserError on values that cannot work."""
     if s.preset not in PRESETS:
         raise UserError(f"--preset {s.preset}: not one of {', '.join(PRESETS)}")
+    for name in ("steps", "rounds", "nodes", "accumulation_steps"):
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
+    for name in (
+        "n_layer", "n_head", "n_embd", "sequence_length", "micro_batch_size", "loss_chunks", "warmup",
+        "price",
+    ):  # fmt: skip
+        if not 0 <= getattr(s, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 0")
+    if not 0 < s.mfu <= 1:
+        raise UserError(f"--mfu {s.mfu}: must be above 0 and at most 1 (0.45 is 45 %)")
+    if not 0 < s.network < math.inf:
+        raise UserError(f"--network {s.network}: must be above 0")
+
+
+def model_config(s: Settings) -> tuple[GPTConfig, int]:
+    """The model to time or plan and its sequence length."""
     p = PRESETS[s.preset]
     T = s.sequence_length or p.sequence_length
     sizes = (s.n_layer or p.n_layer, s.n_head or p.n_head, s.n_embd or p.n_embd)
@@ -178,9 +201,8 @@ def measure(s: Settings) -> dict[str, object]:
     B = s.micro_batch_size or (runtime.largest_micro_batch(model, T, 64, rt) if on_cuda else 1)
     loss_chunks = s.loss_chunks or default_loss_chunks(B * T, rt.device)
     p = PRESETS[s.preset]
-    optimizers = optim.build_optimizers(
-        model, s.optimizer, p.learning_rate, p.embedding_lr_ratio, p.weight_decay
-    )
+    name = p.optimizer if s.optimizer == "preset" else s.optimizer
+    optimizers = optim.build_optimizers(model, name, p.learning_rate, p.embedding_lr_ratio, p.weight_decay)
     step_model = torch.compile(model) if s.compile else model
     batches = micro_batches(s, B, T, rt.device)
     tokens = s.accumulation_steps * B * T
@@ -235,6 +257,7 @@ def measure(s: Settings) -> dict[str, object]:
         "micro_batch_size": B,
         "sequence_length": T,
         "loss_chunks": loss_chunks,
+        "optimizer": name,
         "compiled": s.compile,
         "hardware": runtime.hardware(rt),
         "torch": torch.__version__,
@@ -250,7 +273,7 @@ def describe(result: dict[str, object]) -> str:
         f"{hardware['name']}, {hardware['dtype']}, torch {result['torch']}, "
         f"{'compiled' if result['compiled'] else 'eager'}\n"
         f"batch      {result['micro_batch_size']} x {result['sequence_length']} tokens, "
-        f"loss in {result['loss_chunks']} chunks\n"
+        f"loss in {result['loss_chunks']} chunks, {result['optimizer']}\n"
         f"speed      {result['tokens_per_sec']:,.0f} tokens/s\n"
         f"step       {result['step_ms']:,.1f} ms, from {result['step_ms_min']:,.1f} to "
         f"{result['step_ms_max']:,.1f}\n"
@@ -275,7 +298,9 @@ def override(s: Settings, text: str) -> Settings:
             raise UserError(f"--compare {text!r}: {item!r} is not NAME=VALUE with the name of a flag")
         known = {"True": [flag], "False": ["--no" + flag[1:]]}
         flags += known.get(value, [flag, value])
-    return cli.parse(Settings, "", default=s, args=flags)
+    side = cli.parse(Settings, "", default=s, args=flags)
+    check_settings(side)
+    return side
 
 
 def measure_apart(s: Settings) -> dict[str, object]:
@@ -343,6 +368,8 @@ def sweep(s: Settings) -> list[dict[str, object]]:
                 if not s.json:
                     speed = f"{row['tokens_per_sec']:,.0f} tokens/s" if "failed" not in row else row["failed"]
                     print(f"micro-batch {B:3} {'compiled' if compiled else 'eager':8} {attention:8} {speed}")
+    if all("failed" in row for row in rows):
+        raise UserError(str(rows[0]["failed"]))
     return sorted(rows, key=lambda row: -row.get("tokens_per_sec", 0.0))
 
 
@@ -375,6 +402,7 @@ def show_plan(s: Settings) -> None:
 def main() -> None:
     defaults = Settings(compile=torch.cuda.is_available())
     s = cli.parse(Settings, "Time this machine at the recipe, or plan a run on another.", default=defaults)
+    check_settings(s)
     if s.plan:
         show_plan(s)
     elif s.compare:

@@ -89,14 +89,16 @@ def plan(
     """
     match = re.fullmatch(r"(\d+)x(.+)", hardware)
     if not match or match[2] not in GPUS or int(match[1]) < 1:
-        raise UserError(f"--plan {hardware}: not COUNTxGPU, as 8xA100-80GB, with a GPU of {', '.join(GPUS)}")
+        alike = [f"{match[1]}x{gpu}" for gpu in GPUS if gpu.startswith(match[2])] if match else []
+        advice = f"did you mean {' or '.join(alike)}?" if alike else f"GPUs known: {', '.join(GPUS)}"
+        raise UserError(f"--plan {hardware}: not COUNTxGPU, such as 8xA100-80GB: {advice}")
     name, memory_gb, link = GPUS[match[2]]
     gpus = int(match[1]) * nodes
     sequences, rest = divmod(total_batch_size, sequence_length * gpus)
     if rest or sequences == 0:
         raise UserError(
-            f"--plan {hardware}: {total_batch_size} tokens a step do not divide into sequences of "
-            f"{sequence_length} for {gpus} GPUs: change --total-batch-size"
+            f"--plan {hardware}: the preset's {total_batch_size // sequence_length} sequences per step do "
+            f"not divide among {gpus} GPUs: plan for a number of GPUs that divides them"
         )
     sizes = [B for B in (2**i for i in range(11)) if sequences % B == 0]
     fitting = [B for B in sizes if memory_bytes(config, sequence_length, B) <= memory_gb * 1e9]
