@@ -16,6 +16,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+import checkpoint
 import cli
 import metrics
 from cli import UserError
@@ -32,7 +33,8 @@ class Settings:
     log_x: bool = False
     """Steps on a logarithmic scale."""
     smooth: int = 0
-    """Steps that the smoothed training loss averages over. 0: a fiftieth of the run; 1: no smoothing."""
+    """Steps that the smoothed training loss averages over, centred. 0: a fiftieth of the longest run; 1: no
+    smoothing."""
 
 
 def plot_run(run: Path) -> Path:
@@ -47,13 +49,16 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
     that cannot be read or hold nothing to draw.
     """
     from matplotlib.figure import Figure  # heavy, and the training script imports this file
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     series = {label: read_run(path) for label, path in zip(_labels(runs), runs, strict=True)}
     panels = [("loss", "loss (nats per token)")]
-    panels += [("hellaswag", "HellaSwag accuracy")] if any("hellaswag" in s for s in series.values()) else []
+    panels += [("hellaswag", "HellaSwag acc_norm")] if any("hellaswag" in s for s in series.values()) else []
     panels += [("lr", "learning rate")] if any("lr" in s for s in series.values()) else []
     panels += [("tokens_per_sec", "tokens/s")] if any("tokens_per_sec" in s for s in series.values()) else []
+
+    longest = max((len(s["train"][0]) for s in series.values() if "train" in s), default=0)
+    window = smooth or max(1, longest // 50)
 
     heights = [3.2] + [1.0] * (len(panels) - 1)
     figure = Figure(figsize=(12, 2.1 * sum(heights)), dpi=100, layout="constrained")
@@ -63,7 +68,7 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
         name = f"{label}: " if len(series) > 1 else ""
         for axis, (kind, _) in zip(axes, panels, strict=True):
             if kind == "loss":
-                _draw_losses(axis, values, name, color, smooth)
+                _draw_losses(axis, values, name, color, window)
             elif kind in values:
                 steps, points = values[kind]
                 if len(steps) == 1:
@@ -77,12 +82,18 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
         axis.spines[["top", "right"]].set_visible(False)
         if log_x:
             axis.set_xscale("symlog", linthresh=1)
+        if kind == "hellaswag":
+            axis.axhline(0.25, color="gray", linestyle="--", linewidth=1, label="chance")
+            axis.legend(frameon=False)
         if kind == "tokens_per_sec":
             axis.set_ylim(bottom=0)
             axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes[0].legend(frameon=False)
     axes[-1].set_xlabel("step")
-    axes[-1].set_xlim(left=0)
+    last = max(steps[-1] for values in series.values() for steps, _ in values.values())
+    axes[-1].set_xlim(0, None if last else 1)
+    if not log_x:
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     figure.align_ylabels()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -93,10 +104,9 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
     return out
 
 
-def _draw_losses(axis: object, values: dict, name: str, color: str, smooth: int) -> None:
+def _draw_losses(axis: object, values: dict, name: str, color: str, window: int) -> None:
     if "train" in values:
         steps, losses = values["train"]
-        window = smooth or max(1, len(losses) // 50)
         axis.plot(steps, losses, color=color, alpha=0.25 if window > 1 else 0.8, linewidth=0.8)
         label = f"{name}training" + (f", mean of {window} steps" if window > 1 else "")
         axis.plot(steps, _moving_average(losses, window), color=color, linewidth=1.5, label=label)
@@ -110,12 +120,13 @@ def _draw_losses(axis: object, values: dict, name: str, color: str, smooth: int)
 
 
 def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last `window` values, over fewer where there are not so many yet; NaN left out."""
+    """Mean over the `window` values around each, over fewer at the ends; NaN left out."""
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.where(known, values, 0.0).cumsum()])
     counts = np.concatenate([[0], known.cumsum()])
-    end = np.arange(1, len(values) + 1)
-    begin = np.maximum(0, end - window)
+    center = np.arange(len(values))
+    begin = np.maximum(0, center - (window - 1) // 2)
+    end = np.minimum(len(values), center + window // 2 + 1)
     with np.errstate(invalid="ignore"):
         return (sums[end] - sums[begin]) / (counts[end] - counts[begin])
 
@@ -127,7 +138,10 @@ def read_run(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{path}: no run there: name a run folder, a metrics.jsonl or a plain log")
+        raise UserError(
+            f"{path}: no run there: name a run folder, a metrics.jsonl or a plain log"
+            f"{checkpoint.runs_below(path)}"
+        )
     points: dict[str, list[tuple[int, float]]] = {}
     for name, step, value in _records(file) if file.suffix == ".jsonl" else _plain_lines(file):
         points.setdefault(name, []).append((step, np.nan if value is None else float(value)))

@@ -18,6 +18,7 @@ from pre_tokens import shards
 NOT_DOCUMENTATION = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 SHARD_SIZE = 60_000
 DOCUMENTS_A_BLOCK = 256
+PART_CHARACTERS = 2000
 
 
 class BuiltinCorpus:
@@ -57,15 +58,31 @@ def complete(out_dir: Path) -> None:
 
 
 def documents() -> Iterator[str]:
-    """The documents, one a topic and one a class or function, well mixed and always in the same order."""
+    """The documents in an order that is well mixed and always the same.
+
+    Each is a topic, or the docstrings of a class or function. Long ones come in parts, which are mixed like
+    the rest: kept whole, a few would fill a shard, and validation text would differ from training text.
+    """
     texts = {f"topic {name}": text.strip() for name, text in topics.topics.items()}
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
         if NOT_DOCUMENTATION.isdisjoint(parts[:-1]):
             texts |= _docstrings(path, ".".join(part for part in parts if part != "__init__"))
-    for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        yield texts[name]
+    parts = {f"{name} {n}": part for name, text in texts.items() for n, part in enumerate(_parts(text))}
+    for name in sorted(parts, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        yield parts[name]
+
+
+def _parts(text: str) -> list[str]:
+    """A text cut at blank lines into parts of at most PART_CHARACTERS, where its paragraphs allow it."""
+    parts: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if parts and len(parts[-1]) + len(paragraph) < PART_CHARACTERS:
+            parts[-1] += "\n\n" + paragraph
+        else:
+            parts.append(paragraph)
+    return parts
 
 
 def _docstrings(path: Path, module: str) -> dict[str, str]:

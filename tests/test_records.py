@@ -162,11 +162,13 @@ def test_a_plain_log_is_read(tmp_path: Path) -> None:
     }
 
 
-def test_moving_average_is_the_mean_of_the_last_values() -> None:
+def test_moving_average_is_the_mean_of_the_values_around() -> None:
     values = np.random.default_rng(0).random(50)
     values[7] = np.nan
-    expected = [np.nanmean(values[max(0, i - 4) : i + 1]) for i in range(50)]
+    expected = [np.nanmean(values[max(0, i - 2) : i + 3]) for i in range(50)]
     np.testing.assert_allclose(plot_loss._moving_average(values, 5), expected)
+    ramp = np.arange(50.0)
+    np.testing.assert_allclose(plot_loss._moving_average(ramp, 7)[3:-3], ramp[3:-3])  # no lag
     np.testing.assert_allclose(plot_loss._moving_average(values, 1)[8:], values[8:])
 
 
@@ -179,9 +181,28 @@ def test_runs_compared_in_one_figure(train: Callable[..., Path], tmp_path: Path)
     runs = [tmp_path / name for name in ("first", "second", "baseline", "old.txt")]
     out = plot_loss.plot(runs, tmp_path / "deep" / "figure.svg", log_x=True, smooth=3)
     svg = out.read_text()
-    for text in ("first: training", "second: training", "baseline: validation", "HellaSwag accuracy", "step"):
+    for text in (
+        "first: training",
+        "second: training",
+        "baseline: validation",
+        "HellaSwag acc_norm",
+        "chance",
+        "step",
+    ):
         assert f"<!-- {text}" in svg, text
     assert plot_loss.plot_run(run) == run / "loss_curves.png"
+
+
+def test_a_figure_of_one_evaluation_and_two_lengths(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Ticks at whole steps where there is nothing but step 0; compared runs averaged over the same span."""
+    train("baseline", max_steps=0)
+    svg = plot_loss.plot([tmp_path / "baseline"], tmp_path / "a.svg").read_text()
+    assert {tick for tick in ("-0", "0.5", "0.25") if f"<!-- {tick} -->" in svg} == set()
+    assert "<!-- 0 -->" in svg and "<!-- 1 -->" in svg
+    for name, length in (("long.txt", 500), ("short.txt", 100)):
+        (tmp_path / name).write_text("".join(f"{step} train 5\n" for step in range(length)))
+    svg = plot_loss.plot([tmp_path / "long.txt", tmp_path / "short.txt"], tmp_path / "b.svg").read_text()
+    assert svg.count("mean of 10 steps -->") == 2
 
 
 # ---------------------------------------------------------------- corpus
@@ -196,3 +217,5 @@ def test_the_builtin_corpus_is_documentation_and_always_the_same() -> None:
     )
     assert json.dumps.__doc__.strip().splitlines()[0] in text
     assert len(set(documents)) > 3000
+    # Mixed well: no document is a large part of a shard, so validation text is like training text.
+    assert max(map(len, documents)) < 0.05 * 4 * builtin_corpus.SHARD_SIZE
