@@ -57,6 +57,10 @@ class Settings:
     """Step of the checkpoint to send. Left out: the newest."""
     revision: str = ""
     """Tag for what is sent, so that `from_pretrained(..., revision=TAG)` finds it later."""
+    license: str = ""
+    """Licence that the model card states, such as mit. Left out: the one on the data set's card, if any."""
+    language: str = ""
+    """Language that the model card states, such as en. Left out: as on the data set's card, if any."""
     convert: Path | None = None
     """Instead of uploading: an older .pt checkpoint, to be written as a folder to --out."""
     out: Path | None = None
@@ -69,13 +73,13 @@ class Settings:
 def pick_checkpoint(run: Path, step: int | None) -> Path:
     """The checkpoint of that step (None: the newest), looked over. Raises UserError where there is none."""
     if not run.is_dir():
-        raise UserError(f"--run {run}: no such folder")
+        raise UserError(f"--run {run}: no such folder: name a run")
     if step is None:
         folder, complaints = checkpoint.newest_whole(run)
         if complaints:
-            raise UserError(f"{complaints[0]} (--checkpoint STEP sends an older one)")
+            raise UserError(f"{complaints[0]}: --checkpoint STEP sends an older one")
         if folder is None:
-            raise UserError(f"--run {run}: holds no checkpoint")
+            raise UserError(f"--run {run}: holds no checkpoint{checkpoint.runs_below(run)}")
         return folder
     folder = run / "checkpoints" / f"step_{step:06d}"
     if not folder.is_dir():
@@ -106,8 +110,39 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
     return files, missing
 
 
-def model_card(run: Path, step: int, repo_id: str, files: dict[str, Path]) -> str:
+def describe_data(config: dict) -> tuple[str, str]:
+    """What config.json says a run was trained on: for a reader, and the name on the Hub, if there is one."""
+    folder = Path(config["settings"]["data_dir"]).name
+    data = config.get("data") or {}
+    source = data.get("source") or {}
+    kind, repo_id = source.get("kind"), source.get("repo_id", "")
+    if kind == "builtin":
+        return f"documentation that Python {source.get('python', '')} carries", ""
+    if kind == "files":
+        names = [str(file["name"]) for file in source.get("files", [])]
+        more = f" and {len(names) - 3} more files" if len(names) > 3 else ""
+        return ", ".join(names[:3]) + more, ""
+    if repo_id:
+        return f"{repo_id}, {source['subset']}" if source.get("subset") else repo_id, repo_id
+    return " ".join(["token shards", *data.get("names", []), f"in {folder}/"]), ""
+
+
+def licence_and_language(s: Settings, dataset: str) -> list[str]:
+    """The card's lines on both: as the flags say, else as the data set's own card does, else none."""
+    given: dict[str, object] = {"license": s.license, "language": s.language}
+    if dataset and not all(given.values()):
+        try:
+            with hub.explained(dataset):
+                card = HfApi().dataset_info(dataset, timeout=10).card_data or {}
+            given = {key: value or card.get(key) for key, value in given.items()}
+        except UserError as error:
+            print(f"note: no licence or language from the data set's card: {error}")
+    return [f"{key}: {json.dumps(value)}" for key, value in given.items() if value]
+
+
+def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
     """The README.md: recipe, data, losses, HellaSwag, hardware, time, how to load it, figure, samples."""
+    run, repo_id = s.run, s.repo_id
     config = (
         json.loads((run / "config.json").read_text(encoding="utf-8"))
         if "training_config.json" in files
@@ -125,7 +160,9 @@ def model_card(run: Path, step: int, repo_id: str, files: dict[str, Path]) -> st
     rows["updates"] = f"{step:,}"
     if "total_batch_size" in settings:
         rows["tokens"] = f"{step * settings['total_batch_size']:,}"
-        rows["data"] = f"{settings['dataset_repo']}, in {Path(settings['data_dir']).name}/"
+    dataset = ""
+    if "data_dir" in settings:
+        rows["data"], dataset = describe_data(config)
     for kind, name in (("val", "validation loss"), ("train", "training loss, last step")):
         if last.get(kind, {}).get("loss") is not None:
             rows[name] = f"{last[kind]['loss']:.4f}"
@@ -146,9 +183,9 @@ def model_card(run: Path, step: int, repo_id: str, files: dict[str, Path]) -> st
         "optimizer", "learning_rate", "min_lr_ratio", "warmup_steps", "schedule", "weight_decay", "grad_clip",
         "max_steps", "total_batch_size", "sequence_length", "init_from", "seed",
     )  # fmt: skip
-    head = ["license: mit", "language: en", "library_name: transformers", "pipeline_tag: text-generation"]
-    if "/" in settings.get("dataset_repo", ""):
-        head.append(f"datasets: {settings['dataset_repo']}")
+    head = licence_and_language(s, dataset)
+    head += ["library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"datasets: {dataset}"] if dataset else []
     parts = ["---", *head, "tags: [gpt2]", "---", f"# {repo_id.split('/')[-1]}", ""]
     parts += ["GPT-2, trained from scratch.", "", "| | |", "|---|---|"]
     parts += [f"| {name} | {value} |" for name, value in rows.items()]
@@ -176,7 +213,7 @@ def upload(s: Settings) -> None:
         raise UserError("--repo-id: needed: USER/NAME of the model on the Hub")
     folder = pick_checkpoint(s.run, s.checkpoint)
     files, missing = collect(s.run, folder)
-    card = model_card(s.run, checkpoint.step_of(folder), s.repo_id, files)
+    card = model_card(s, checkpoint.step_of(folder), files)
     for name in missing:
         print(f"missing: {s.run / name}")
     for name, path in files.items():

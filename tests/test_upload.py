@@ -93,7 +93,7 @@ def test_the_model_card_says_what_the_run_was(train: Train, hub: LoopbackHub) ->
     summary = json.loads((run / "summary.json").read_text())
     for said in (
         "library_name: transformers", "pipeline_tag: text-generation", "# tiny", 'model="ann/tiny"',
-        f"| tokens | {6 * 8 * T} |", "| data | builtin, in data/ |",
+        f"| tokens | {6 * 8 * T} |", "| data | token shards tiny in data/ |",
         f"| validation loss | {summary['last_val_loss']:.4f} |",
         f"| training loss, last step | {summary['last_train_loss']:.4f} |", "0.2512 / 0.2634 of 10,042",
         "0.2859 / 0.2955", "| learning rate | 0.01 |", "![loss curves](loss_curves.png)",
@@ -101,6 +101,38 @@ def test_the_model_card_says_what_the_run_was(train: Train, hub: LoopbackHub) ->
         "float32 |", "minutes |", f"| parameters | {summary['parameters']:,} |",
     ):  # fmt: skip
         assert said in card, said
+
+
+@pytest.mark.parametrize(
+    ("source", "row", "dataset"),
+    [
+        ({"kind": "builtin", "python": "3.11.7"}, "documentation that Python 3.11.7 carries", ""),
+        ({"kind": "files", "files": [{"name": f"{c}.txt"} for c in "abcde"]},
+         "a.txt, b.txt, c.txt and 2 more files", ""),
+        ({"kind": "hub", "repo_id": "ann/words", "subset": "small"}, "ann/words, small", "ann/words"),
+        ({"kind": "shards", "repo_id": "ann/words", "revision": "1"}, "ann/words", "ann/words"),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_data_and_claims_no_more(
+    source: dict, row: str, dataset: str, train: Train, hub: LoopbackHub, data_dir: Path
+) -> None:
+    """Licence and language only where the data set's card or the user gave them."""
+    hub.put("ann/words", {"README.md": b"---\nlicense: odc-by\nlanguage: [en, de]\n---\n"}, "dataset")
+    (data_dir / "manifest.json").write_text(json.dumps({"shards": [], "source": source}))
+    run = train(max_steps=2)
+
+    def head(*flags: str) -> list[str]:
+        upload_hf.upload(Settings(run, "ann/tiny", **dict(zip(flags[::2], flags[1::2], strict=True))))
+        card = hub.repo("ann/tiny").files["README.md"].decode()
+        assert f"| data | {row} |" in card
+        return card.split("---")[1].splitlines()
+
+    plain = head()
+    assert ('license: "odc-by"' in plain) == ('language: ["en", "de"]' in plain) == bool(dataset)
+    assert (f"datasets: {dataset}" in plain) == bool(dataset)
+    assert bool(dataset) or not any(line.startswith(("license", "language", "datasets")) for line in plain)
+    told = head("license", "mit", "language", "fr")
+    assert 'license: "mit"' in told and 'language: "fr"' in told
 
 
 def test_a_dry_run_sends_nothing(train: Train, hub: LoopbackHub, tmp_path: Path) -> None:
