@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,9 +47,19 @@ def parse(
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call a script's `main` and leave with its exit status; a UserError is one line and status 2."""
+    """Call a script's `main` and exit with its status; a UserError is one line and status 2.
+
+    Output is flushed line by line, so that a log file or `| tee` shows a line as soon as it is printed.
+    Ctrl-C exits with status 130 and no traceback.
+    """
+    sys.stdout.reconfigure(line_buffering=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as scripts set it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone, as `| head` does; the interpreter's own flush would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

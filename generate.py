@@ -8,6 +8,11 @@ In the loop, Ctrl-C stops the sample and Ctrl-D leaves. A sample depends on the 
 settings and the seed, not on how many samples are drawn beside it.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import codecs
 import contextlib
 import json

@@ -12,6 +12,11 @@ What is unusual here:
 Paper: Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"; data: rowanz/hellaswag.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hashlib
 import http.client
 import json

@@ -4,12 +4,14 @@ import contextlib
 import os
 import platform
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import IO, Literal, TypeVar
 
 import torch
@@ -348,20 +350,34 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT, for the loop to end after the step it is in.
+    """Remembers SIGTERM or SIGINT, so that the loop can stop after the current step.
 
-    Torchrun passes on a signal that the terminal has sent already, so a second one is the same wish; from
-    the third on, the process ends at once.
+    torchrun passes on a signal that the terminal has already sent, so a second one means the same; the third
+    ends the process at once. Python runs its signal handlers between bytecodes, which a backward pass can
+    delay by seconds: a thread that the interpreter wakes from within the signal answers immediately.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, announce: bool = True) -> None:
+        """announce: say on stderr what the signal does; one process of a run is enough."""
         self.number = 0
         self.times = 0
+        self.announce = announce
+        self.wake_up, waker = socket.socketpair()
+        waker.setblocking(False)
+        self.waker = waker  # kept open as long as the signals may come
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+            signal.signal(number, lambda number, frame: None)  # the thread does the work
+        threading.Thread(target=self._listen, name="stop signal", daemon=True).start()
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
-        self.times += 1
-        if self.times > 2:
-            os._exit(128 + number)
+    def _listen(self) -> None:
+        while received := self.wake_up.recv(1):
+            number = received[0]
+            self.number = self.number or number
+            self.times += 1
+            if self.times > 2:
+                os._exit(128 + number)
+            if self.announce:
+                name = signal.Signals(number).name
+                left = "once" if self.times == 2 else "twice"
+                print(f"\n{name}: finishing this step; {left} more to quit now", file=sys.stderr, flush=True)
