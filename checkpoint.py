@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,9 +87,9 @@ def check(folder: Path) -> None:
         for line in lines:
             digest, name = line.split("  ", 1)
             if sha256_of(folder / Path(name).name) != digest:
-                raise UserError(f"{folder / name}: damaged: remove the folder to use an older checkpoint")
+                raise UserError(f"{folder / name}: damaged")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a whole checkpoint ({error}): remove the folder") from error
+        raise UserError(f"{folder}: not a complete checkpoint ({error})") from error
 
 
 def newest_whole(out_dir: Path) -> tuple[Path | None, list[str]]:
@@ -104,7 +105,7 @@ def newest_whole(out_dir: Path) -> tuple[Path | None, list[str]]:
         except UserError as error:
             complaints.append(str(error))
     if complaints:
-        raise UserError(f"{complaints[0]} (no checkpoint of {out_dir} is whole; --overwrite starts afresh)")
+        raise UserError(f"{complaints[0]}: no checkpoint of {out_dir} is intact: --overwrite starts afresh")
     return None, complaints
 
 
@@ -122,18 +123,45 @@ def load_training_state(folder: Path) -> dict[str, object]:
         raise UserError(f"{file}: cannot be loaded ({reason}): use another checkpoint") from error
 
 
+DEFAULT_RUN = "log"  # of every script's --model or --run
+
+
 def find_model(name: str) -> str:
     """The folder or Hub name behind a `--model`: a run stands for its newest whole checkpoint.
 
-    Raises UserError for a run without checkpoints.
+    Says on stderr where a newer one is damaged. Raises UserError for a run without checkpoints, and for the
+    default run where there is none.
     """
     folder = Path(name)
-    if not folder.is_dir() or (folder / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists():
         return name
-    newest, _ = newest_whole(folder)
+    if not folder.is_dir():
+        if name == DEFAULT_RUN:
+            raise UserError(f"{name}: no run there yet: train one, or name a model{runs_below(folder)}")
+        return name
+    newest, complaints = newest_whole(folder)
     if newest is None:
+        if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
+            raise UserError(f"{folder}: no checkpoint yet: wait for the run's first (--checkpoint-interval)")
+        if runs := runs_below(folder):
+            raise UserError(f"{folder}: holds no run itself{runs}")
         return name
+    warn_of_damage(complaints, newest)
     return str(newest)
+
+
+def warn_of_damage(complaints: list[str], used: Path) -> None:
+    """Say on stderr which checkpoints are damaged and which one is used instead."""
+    for complaint in complaints:
+        print(f"warning: {complaint}", file=sys.stderr)
+    if complaints:
+        print(f"warning: using {used} instead", file=sys.stderr)
+
+
+def runs_below(folder: Path) -> str:
+    """The end of a message that misses a run in `folder`: the runs one level below, or nothing."""
+    runs = sorted(str(path.parent) for path in folder.glob("*/metrics.jsonl"))
+    return f" (runs there: {', '.join(runs)})" if runs else ""
 
 
 def remove_unfinished(out_dir: Path) -> None:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+import hub
 from cli import UserError
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -536,13 +537,9 @@ def sample(
 def _download(name: str) -> Path:
     """A model's configuration and weights from the Hub, or from its local cache."""
     repo = f"openai-community/{name}" if name in OPENAI_MODELS else name
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors"]))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{name}: neither a folder nor a model the Hub gives out ({reason}): check the name"
-        ) from error
+    files = ["config.json", "model*.safetensors"]
+    with hub.explained(f"{name} (no such folder, so a name on the Hub)", "name a folder, or connect"):
+        return Path(hub.patiently(lambda: snapshot_download(repo, allow_patterns=files)))
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -18,14 +18,15 @@ from cli import UserError
 @dataclass
 class Settings:
     preset: str = "gpt2-124m"
-    """gpt2-124m, -124m-tuned, -124m-muon, -medium, -large, -xl, rehearsal, demo, or a run's config.json."""
+    """gpt2-124m, gpt2-124m-tuned, gpt2-124m-muon, gpt2-medium, gpt2-large, gpt2-xl, rehearsal, demo, or the
+    path of a run's config.json."""
 
     # data
     data_dir: Path = Path("data/fineweb-edu-10b")
     """Folder of token shards, NAME_{train,val}_NNNNNN.npy."""
     dataset_repo: str = "ShallowU/FineWeb-Edu-10B-Tokens-NPY"
-    """Where missing shards come from: a data set on the Hub. builtin: made from the documentation that Python
-    carries. none: only what --data-dir holds."""
+    """Where missing shards come from: a data set on the Hub. builtin: the documentation that Python carries,
+    made into data/builtin. none: only what --data-dir holds."""
     num_shards: int = 0
     """Use the first so many shards of the data set, the validation shard included. 0: all."""
     shuffle: bool = True

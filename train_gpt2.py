@@ -9,6 +9,11 @@ A step is one update of the weights. `step` counts finished updates: the trainin
 the batch behind update s, the validation loss of step s is that of the weights after it.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import collections
 import contextlib
 import dataclasses
@@ -39,19 +44,26 @@ import runtime
 import tokenizer
 from cli import UserError
 from model import GPT, GPTConfig, default_loss_chunks
-from pre_tokens import builtin_corpus
-from settings import Settings, check_settings, read_settings
+from pre_tokens import builtin_corpus, shards
+from settings import PRESETS, Settings, check_settings, read_settings
 
 # ---------------------------------------------------------------- set-up
 
 
 def prepare_data(s: Settings) -> None:
     """See to it that there are shards in --data-dir."""
-    if s.dataset_repo == "builtin":
+    if s.dataset_repo == "builtin" and s.data_dir == PRESETS["demo"].data_dir:
         builtin_corpus.complete(s.data_dir)
-    elif s.dataset_repo != "none":
+    elif s.dataset_repo not in ("builtin", "none"):
         dataloader.fetch(s.dataset_repo, s.data_dir, s.num_shards)
     dataloader.find_shards(s.data_dir, s.num_shards)
+    # A manifest lists what the data was; training on less of it must be somebody's decision.
+    manifest = shards.read_manifest(s.data_dir / shards.MANIFEST)
+    if manifest and (gone := shards.missing(s.data_dir, manifest, s.num_shards)):
+        raise UserError(
+            f"{s.data_dir / gone[0]['file']}: missing, though {shards.MANIFEST} lists it: restore it, or "
+            f"use fewer with --num-shards ({len(gone)} missing)"
+        )
 
 
 def prepare_hellaswag(s: Settings, rt: runtime.Runtime) -> list[hellaswag.Example]:
@@ -94,8 +106,10 @@ def prepare_out_dir(s: Settings) -> tuple[Path | None, IO[str]]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     checkpoint.remove_unfinished(s.out_dir)
     newest, complaints = checkpoint.newest_whole(s.out_dir) if s.resume else (None, [])
-    for complaint in complaints:
-        print(f"warning: {complaint}", file=sys.stderr)
+    if newest:
+        checkpoint.warn_of_damage(complaints, newest)
+    elif s.resume:
+        print(f"{s.out_dir}: no checkpoint to resume from: starting at step 0")
     return newest, lock
 
 
@@ -121,15 +135,22 @@ def build_model(s: Settings, device: torch.device) -> GPT:
     return model.to(device)
 
 
-def describe_run(s: Settings, rt: runtime.Runtime, model: GPT, micro_batch_size: int) -> dict[str, object]:
+def describe_run(
+    s: Settings, rt: runtime.Runtime, model: GPT, micro_batch_size: int, train_shards: list[dataloader.Shard]
+) -> dict[str, object]:
     """What config.json records: every setting, the versions, the hardware, the git commit."""
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(s).items()}
+    manifest = shards.read_manifest(s.data_dir / shards.MANIFEST) or {}
     return {
         "settings": settings,
+        "data": {
+            "names": sorted({shards.SHARD_NAME.fullmatch(shard.path.name)["name"] for shard in train_shards}),
+            "source": manifest.get("source"),
+        },
         "micro_batch_size": micro_batch_size,
         "parameters": model.num_parameters(),
         "hardware": runtime.hardware(rt),
@@ -141,6 +162,20 @@ def describe_run(s: Settings, rt: runtime.Runtime, model: GPT, micro_batch_size:
         },
         "git_commit": commit,
     }
+
+
+def changed_settings(config: Path, new: dict[str, object]) -> dict[str, list[object]]:
+    """Settings that differ from those in a run's config.json: name -> [before, now].
+
+    Those that say how to start, not what to train, are left out; so is all where there is no such file.
+    """
+    try:
+        old = dict(json.loads(config.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    ignored = {"preset", "resume", "overwrite", "out_dir"}
+    names = [name for name in new if name in old and name not in ignored]
+    return {name: [old[name], new[name]] for name in names if old[name] != new[name]}
 
 
 # ---------------------------------------------------------------- evaluation
@@ -251,6 +286,16 @@ def restore(
     return state["seconds"]
 
 
+def how_to_continue(s: Settings, world_size: int) -> str:
+    """What to type to continue a stopped run. The same command would delete it where it has --overwrite."""
+    if not s.overwrite:
+        return "continue with the same command and --resume"
+    if world_size > 1:
+        return "continue with the same command, --resume in place of --overwrite"
+    python = os.path.relpath(sys.executable)
+    return f"continue with {python} {sys.argv[0]} --preset {s.out_dir / 'config.json'} --resume"
+
+
 def train(s: Settings) -> int:
     """Train as the settings say. Returns the exit status: 0, or 128 + signal where one ended the run."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -263,9 +308,9 @@ def train(s: Settings) -> int:
     # Data first: a run without data must not leave a run folder behind.
     begin = clock()
     rt.lead(rt.local_rank == 0, lambda: prepare_data(s))
-    shards = dataloader.find_shards(s.data_dir, s.num_shards)
-    train_stream = dataloader.TokenStream(shards["train"], s.sequence_length, s.seed, s.shuffle)
-    val_stream = dataloader.TokenStream(shards["val"], s.sequence_length)
+    found = dataloader.find_shards(s.data_dir, s.num_shards)
+    train_stream = dataloader.TokenStream(found["train"], s.sequence_length, s.seed, s.shuffle)
+    val_stream = dataloader.TokenStream(found["val"], s.sequence_length)
     n_val_sequences = max(1, min(s.val_tokens // s.sequence_length, len(val_stream)))
     hellaswag_examples = prepare_hellaswag(s, rt)
     seconds["data"] += clock() - begin
@@ -290,7 +335,7 @@ def train(s: Settings) -> int:
     # What the order of the data and the shape of the state depend on: a resumed run must have the same.
     identity = {
         "model": dataclasses.asdict(dataclasses.replace(model.config, padded_vocab_size=0)),
-        "data": dataloader.fingerprint(shards["train"]),
+        "data": dataloader.fingerprint(found["train"]),
         **{
             name: getattr(s, name)
             for name in ("sequence_length", "total_batch_size", "seed", "shuffle", "optimizer")
@@ -315,12 +360,19 @@ def train(s: Settings) -> int:
 
     log = None
     if rt.is_main:
-        record = describe_run(s, rt, model, B)
+        record = describe_run(s, rt, model, B, found["train"])
+        changed = {}
+        if first_step:
+            changed = changed_settings(s.out_dir / "config.json", record["settings"])
         sinks = [metrics.tensorboard_sink(s.out_dir / "tensorboard")] if s.tensorboard else []
         sinks += [metrics.wandb_sink(record, s.out_dir)] if s.wandb else []
         metrics.write_atomically(s.out_dir / "config.json", json.dumps(record, indent=2) + "\n")
         log = metrics.Metrics(s.out_dir / "metrics.jsonl", first_step or None, sinks)
         log.log(first_step, "event", name="resume" if first_step else "start", processes=world_size)
+        if changed:
+            log.log(first_step, "event", name="settings changed", **changed)
+        for name, (before, now) in changed.items():
+            say(f"changed    --{name.replace('_', '-')} was {before}, is now {now}")
     peak_flops = runtime.peak_flops(rt.device, rt.dtype) * world_size
 
     say(f"model      {model.num_parameters():,} parameters: {s.init_from}, {model.config}")
@@ -431,7 +483,7 @@ def train(s: Settings) -> int:
             )
         return signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
 
-    stop = runtime.StopSignal()
+    stop = runtime.StopSignal(announce=rt.is_main)
     stopped_by = 0
     batches = dataloader.train_batches(
         train_stream, first_step, sequences_per_step, B, rt.rank, world_size, rt.device
@@ -487,7 +539,7 @@ def train(s: Settings) -> int:
             step_begin = clock()
         if stopped_by and not last:
             name = signal.Signals(stopped_by).name
-            say(f"stopped by {name} after step {step}: the same command with --resume goes on")
+            say(f"stopped by {name} after step {step}: {how_to_continue(s, world_size)}")
             batches.close()
             rt.close()
             return 128 + stopped_by

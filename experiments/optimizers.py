@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the m
 
 import cli
 import metrics
+import runtime
 from cli import UserError
 from settings import PRESETS
 
@@ -37,6 +38,8 @@ class Settings:
     """GPT-2 124M with its own sequence length, rather than a model that a CPU trains in minutes."""
     max_steps: int = 0
     """Steps a run. 0: 200, or 600 with --gpu."""
+    dtype: runtime.Dtype = "auto"
+    """Precision of matrix products."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def train(s: Settings, candidate: Candidate, learning_rate: float, max_steps: in
     if not (run / "summary.json").exists():
         command = [sys.executable, str(ROOT / "train_gpt2.py"), "--data-dir", str(s.data_dir)]
         command += ["--out-dir", str(run), "--resume", "--keep-checkpoints", "1"]
-        command += ["--max-steps", str(max_steps), "--learning-rate", str(learning_rate)]
+        command += ["--max-steps", str(max_steps), "--learning-rate", str(learning_rate), "--dtype", s.dtype]
         command += candidate.flags(max_steps)
         command += ["--sample-interval", "0", *(GPU_MODEL if s.gpu else CPU_MODEL).split()]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

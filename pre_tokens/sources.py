@@ -215,6 +215,9 @@ def local(patterns: list[str], text_column: str, separator: str = "") -> Files:
     for pattern in patterns:
         found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
         found = [path for path in found if Path(path).is_file()]
+        if not found and Path(pattern).is_dir():
+            folder = pattern.rstrip("/")
+            raise UserError(f"--files {pattern}: a folder: use --files '{folder}/*.txt', or another suffix")
         if not found:
             raise UserError(f"--files {pattern}: no such file")
         paths += found

@@ -43,8 +43,15 @@ def main() -> None:
     s = cli.parse(Settings, "Upload token shards to the Hugging Face Hub.")
     manifest = manifest_of(s.folder)
     what = f"--repo-id {s.repo_id}"
-    with hub.explained(what):
-        held = {} if not get_token() and not s.dry_run else hashes_on_hub(s.repo_id)
+    held = {}
+    try:
+        if get_token() or s.dry_run:
+            with hub.explained(what):
+                held = hashes_on_hub(s.repo_id)
+    except UserError as error:
+        if not s.dry_run:
+            raise
+        print(f"note: listed as if nothing were there yet: {error}")
     new = [entry for entry in manifest["shards"] if held.get(entry["file"]) != entry["sha256"]]
     for entry in manifest["shards"]:
         state = "send" if entry in new else "there"

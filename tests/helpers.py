@@ -61,7 +61,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
 
-def run_script(script: str, *args: str, nproc: int = 0, timeout: float = 120) -> subprocess.CompletedProcess:
+def run_script(
+    script: str, *args: str, nproc: int = 0, timeout: float = 120, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
     """Run a script to its end as a user would."""
     return subprocess.run(
         command(script, *args, nproc=nproc),
@@ -69,6 +71,7 @@ def run_script(script: str, *args: str, nproc: int = 0, timeout: float = 120) ->
         capture_output=True,
         text=True,
         timeout=timeout,
+        cwd=cwd,
     )
 
 

@@ -4,6 +4,7 @@ Most cases call the script's `main` in this process, through the same `cli.run` 
 through; a few real processes show that nothing else is printed.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,14 @@ import pytest
 import torch
 from helpers import TINY, T, as_flags, run_script, write_shard
 
+import bench
 import cli
+import generate
+import hellaswag
 import plot_loss
 import train_gpt2
+import upload_hf
+from pre_tokens import handle_tokens
 from pre_tokens.shards import sha256_of
 
 
@@ -64,7 +70,16 @@ SHARD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no val": (lambda d: (d / "tiny_val_000000.npy").unlink(), "NAME_val_"),
     "no train": (lambda d: [path.unlink() for path in d.glob("*_train_*")], "NAME_train_"),
     "no folder": (lambda d: d.rename(d.with_name("elsewhere")), "no such folder"),
+    "one that the manifest lists": (
+        lambda d: list_in_manifest(d, "tiny_train_000004.npy"),
+        "000004.npy: missing",
+    ),
 }
+
+
+def list_in_manifest(folder: Path, name: str) -> None:
+    shards = [{"file": name, "bytes": 9, "sha256": None}]
+    (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
 
 
 @pytest.mark.parametrize("case", SHARD_DAMAGE)
@@ -99,6 +114,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
     "unknown device": (["--device", "abacus"], "--device abacus"),
     "a share above 1": (["--min-lr-ratio", "2"], "--min-lr-ratio"),
     "no such weights": (["--init-from", "./nowhere"], "nowhere"),
+    "a folder to build the corpus in": (["--data-dir", "./typo"], "typo: no such folder"),
 }  # fmt: skip
 
 
@@ -111,6 +127,42 @@ def test_bad_settings(
     line = fails(train_gpt2.main, ["--preset", "demo", *flags, *args], monkeypatch, capsys)
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+BAD_BENCHES: dict[str, tuple[list[str], str]] = {
+    "no machines": (["--plan", "8xA100-80GB", "--nodes", "0"], "--nodes 0"),
+    "no steps": (["--steps", "0"], "--steps 0"),
+    "negative warm-up": (["--warmup", "-1"], "--warmup -1"),
+    "no rounds": (["--rounds", "0", "--compare", "", ""], "--rounds 0"),
+    "no preset": (["--sweep", "--preset", "nope"], "--preset nope"),
+    "no preset to compare": (["--compare", "", "preset=nope"], "--preset nope"),
+    "MFU in per cent": (["--plan", "8xA100-80GB", "--mfu", "45"], "--mfu 45.0"),
+    "MFU of nan": (["--plan", "8xA100-80GB", "--mfu", "nan"], "--mfu nan"),
+    "negative price": (["--plan", "8xA100-80GB", "--price", "-3"], "--price -3.0"),
+    "no network": (["--plan", "8xA100-80GB", "--network", "0"], "--network 0"),
+    "an odd number of GPUs": (["--plan", "3xA100-80GB"], "do not divide among 3 GPUs"),
+    "two sizes of a GPU": (["--plan", "8xA100"], "did you mean 8xA100-40GB or 8xA100-80GB?"),
+    "no GPU": (["--plan", "8xAbacus"], "GPUs known: A100-40GB, "),
+    "heads that do not divide": (["--preset", "demo", "--n-head", "3"], "--n-head 3"),
+    "nothing that runs": (["--preset", "demo", "--sweep", "--n-head", "3"], "--n-head 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_BENCHES)
+def test_bad_benches(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    args, message = BAD_BENCHES[case]
+    if "--sweep" in args:
+        monkeypatch.setattr(bench, "measure_apart", lambda s: bench.measure(s))
+    line = fails(bench.main, [*args, "--device", "cpu"], monkeypatch, capsys)
+    assert message in line
+    assert "--total-batch-size" not in line  # a flag that bench.py does not have
+
+
+def test_a_folder_for_files_suggests_a_glob(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args = ["--files", f"{tmp_path}/", "--out-dir", str(tmp_path / "out")]
+    assert f"use --files '{tmp_path}/*.txt'" in fails(handle_tokens.main, args, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +316,22 @@ def test_logs_that_cannot_be_drawn(
         log.write_text(content)
     assert message in fails(plot_loss.main, [str(log)], monkeypatch, capsys)
     assert not (tmp_path / "loss_curves.png").exists()
+
+
+def test_runs_below_are_named(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Scripts look into log/, where a preset's run may be one level deeper."""
+    train("log/demo", max_steps=0, checkpoint_interval=0)
+    monkeypatch.chdir(tmp_path)
+    for main, args in (
+        (plot_loss.main, []),
+        (generate.main, ["--prompt", "x"]),
+        (hellaswag.main, ["--data", "x.jsonl"]),
+        (upload_hf.main, ["--repo-id", "ann/x"]),
+    ):
+        monkeypatch.setattr(hellaswag, "load", lambda *args: [])
+        assert "(runs there: log/demo)" in fails(main, args, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"step": "1", "kind": "val"}', '{"step": 1}', "\x00"])

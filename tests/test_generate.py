@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def sample(folder: Path, *flags: str, stdin: str | None = None) -> subprocess.Co
 
 def test_json_and_streams_hold_the_same_samples(folder: Path) -> None:
     """Drawn together or one by one, from a flag or from standard input, and as GPT.generate draws them."""
-    flags = ["--max-new-tokens", "40", "--seed", "7"]
+    flags = ["--max-new-tokens", "40", "--seed", "7", "--dtype", "float32"]
     told = json.loads(sample(folder, "--prompt", PROMPT, "--json", "--num-samples", "3", *flags).stdout)
     streamed = sample(folder, "--prompt", "-", "--num-samples", "2", *flags, stdin=PROMPT + "\n").stdout
     texts = [PROMPT + drawn["text"] for drawn in told["samples"]]
@@ -111,6 +112,32 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert str(tmp_path) in done.stderr
+
+
+def test_which_model_is_meant(train: Callable[..., Path], tmp_path: Path) -> None:
+    """No run, a run without a checkpoint, runs below the folder, a damaged checkpoint, no network."""
+
+    def first_line(*flags: str, status: int = 2, **env: str) -> str:
+        done = subprocess.run(
+            command("generate.py", "--prompt", "x", "--max-new-tokens", "1", *flags),
+            env={**environment(), **env}, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    assert "log: no run there yet" in first_line()
+    run = train("log/demo", checkpoint_interval=2, max_steps=4)
+    assert "log: holds no run itself (runs there: log/demo)" in first_line()
+    weights = run / "checkpoints" / "step_000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    lines = first_line("--model", "log/demo", status=0).splitlines()
+    assert "step_000004/model.safetensors: damaged" in lines[0]
+    assert lines[1] == "warning: using log/demo/checkpoints/step_000002 instead"
+    (run / "checkpoints").rename(run / "elsewhere")
+    assert "log/demo: no checkpoint yet" in first_line("--model", "log/demo")
+    assert "the Hub cannot be reached" in first_line("--model", "gpt2")
+    offline = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    assert "the Hub cannot be reached" in first_line("--model", "gpt2", **offline)
 
 
 class Terminal:

@@ -301,6 +301,15 @@ def test_what_is_there_is_not_sent_again(
     assert len([path for method, path, _ in hub.requests if method == "PUT"]) == 4
 
 
+def test_a_dry_run_needs_no_network(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+    flags = ["--folder", str(folder), "--repo-id", REPO, "--dry-run"]
+    for env in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        done = script(hub, tmp_path, TRANSFER, *flags, **env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "cannot be reached" in done.stdout
+        assert "5 of 5 shards to send" in done.stdout
+
+
 @pytest.mark.parametrize("status", [409, 412, 429, 503])
 def test_a_commit_that_meets_another_is_made_again(hub: LoopbackHub, folder: Path, status: int) -> None:
     hub.fail("/commit/", status=status, times=2)

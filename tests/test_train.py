@@ -136,8 +136,10 @@ def test_resuming_equals_not_stopping(train: Train, optimizer: str) -> None:
             assert a.read_bytes() == b.read_bytes()
 
 
-def test_resume_starts_afresh_where_there_is_nothing(train: Train) -> None:
-    assert history(train("a", resume=True)) == history(train("b"))
+def test_resume_starts_afresh_where_there_is_nothing(train: Train, capsys: pytest.CaptureFixture) -> None:
+    run = train("a", resume=True)
+    assert f"{run}: no checkpoint to resume from: starting at step 0" in capsys.readouterr().out
+    assert history(run) == history(train("b"))
 
 
 def test_resume_passes_over_a_damaged_checkpoint(train: Train, capsys: pytest.CaptureFixture) -> None:
@@ -145,8 +147,26 @@ def test_resume_passes_over_a_damaged_checkpoint(train: Train, capsys: pytest.Ca
     weights = part / "checkpoints" / "step_000006" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     train("part", resume=True)
-    assert "model.safetensors: damaged" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "model.safetensors: damaged" in errors
+    assert f"using {part / 'checkpoints' / 'step_000004'} instead" in errors
     assert history(part) == history(whole)
+
+
+def test_a_resume_says_and_records_what_changed(train: Train, capsys: pytest.CaptureFixture) -> None:
+    train(max_steps=4)
+    capsys.readouterr()
+    run = train(max_steps=6, learning_rate=2e-2, resume=True)
+    shown = capsys.readouterr().out
+    assert "--learning-rate was 0.01, is now 0.02" in shown
+    assert "--max-steps was 4, is now 6" in shown
+    [event] = [r for r in metrics.read(run / "metrics.jsonl") if r.get("name") == "settings changed"]
+    assert event == {
+        "step": 4, "kind": "event", "name": "settings changed",
+        "learning_rate": [0.01, 0.02], "max_steps": [4, 6],
+    }  # fmt: skip
+    train(max_steps=6, learning_rate=2e-2, resume=True)
+    assert "is now" not in capsys.readouterr().out
 
 
 def test_rehearsed_resume_changes_nothing(train: Train) -> None:
@@ -286,6 +306,55 @@ def test_a_signal_finishes_the_step_and_saves(
     assert history(tmp_path) == expected
 
 
+def test_lines_come_as_they_are_written(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
+    """Into a pipe, as `| tee` and `> run.log` are, while the run goes on."""
+    data_dir, _ = undisturbed
+    process = start(data_dir, tmp_path, max_steps=100_000, warmup_steps=0)
+    lines = iter(process.stdout.readline, "")
+    assert any(line.startswith("step 3/100000 ") for line in lines)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_ctrl_c_is_answered_during_a_long_step(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
+    """The step ends seconds later; the demo says how to continue, as the same command would start over."""
+    data_dir, _ = undisturbed
+    settings = {**QUICK, "data_dir": data_dir, "out_dir": tmp_path, "overwrite": True}
+    long = {"total_batch_size": 1000 * T, "micro_batch_size": 1000, "max_steps": 100}
+    process = subprocess.Popen(
+        command("train_gpt2.py", "--preset", "demo", *as_flags({**settings, **long})),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not process.stdout.readline().startswith("step 1/"):
+        assert process.poll() is None, process.stderr.read()
+    begin = time.time()
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline() == "SIGINT: finishing this step; twice more to quit now\n"
+    answered = time.time() - begin
+    output, errors = process.communicate(timeout=100)
+    assert answered < (time.time() - begin) / 2
+    assert (process.returncode, errors) == (130, "")
+    assert "--resume" in output and "the same command" not in output
+    words = output.split("continue with ", 1)[1].split("\n", 1)[0].split()
+    done = subprocess.run([*words, "--max-steps", "3"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in history(tmp_path, kinds=("train",))] == [1, 2, 3]
+
+
+def test_ctrl_c_during_imports_leaves_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *command("train_gpt2.py")[1:]],
+        env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "torch" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[1]
+    assert process.returncode in (-signal.SIGINT, 130)
+
+
 def test_two_processes_train_as_one_does(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
     """The same curve, a log that each step is in once, and after a kill the same end."""
     data_dir, expected = undisturbed
@@ -332,10 +401,10 @@ def test_a_signal_to_two_processes_stops_both_after_one_step(
 
 
 def test_the_demo_preset_builds_its_own_data(tmp_path: Path) -> None:
-    flags = {**QUICK, "data_dir": tmp_path / "builtin", "out_dir": tmp_path / "run", "max_steps": 1}
-    done = run_script("train_gpt2.py", "--preset", "demo", *as_flags(flags))
+    flags = as_flags({**QUICK, "out_dir": tmp_path / "run", "max_steps": 1})
+    done = run_script("train_gpt2.py", "--preset", "demo", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    tokens = sum(len(np.load(path)) for path in (tmp_path / "builtin").glob("*.npy"))
+    tokens = sum(len(np.load(path)) for path in (tmp_path / "data" / "builtin").glob("*.npy"))
     assert 400_000 < tokens < 1_500_000
     last_lines = "\n".join(done.stdout.splitlines()[-6:])
     assert "loss_curves.png" in last_lines
