@@ -162,7 +162,8 @@ def test_metrics(content: bytes, whole_model: dict[str, bytes], tmp_path: Path) 
     (tmp_path / "metrics.jsonl").write_bytes(content)
     if check_curves(tmp_path):
         (tmp_path / "model.json").write_bytes(whole_model["config.json"])
-        upload_hf.model_card(tmp_path, 9, "ann/x", {"config.json": tmp_path / "model.json"})
+        settings = upload_hf.Settings(tmp_path, "ann/x")
+        upload_hf.model_card(settings, 9, {"config.json": tmp_path / "model.json"})
 
 
 @given(content=damaged(b"10 train 5.25\n20 val 4.5\n20 hella 0.25\n") | st.text(max_size=50).map(str.encode))
