@@ -1,11 +1,11 @@
-"""How fast this machine trains the recipe, and which settings are best.
+"""How fast this machine trains, and which settings are best.
 
     python bench.py                                              # tokens/s, MFU, memory, parts of a step
     python bench.py --compare "compile=False" "compile=True"     # two settings in turn, A B A B
     python bench.py --sweep                                      # micro-batches, compilation, attention
-    python bench.py --plan 8xA100-80GB --price 1.5               # a run on GPUs that are not here
+    python bench.py --plan 8xA100-80GB --price 1.5               # a run on other GPUs, on paper
 
-MFU is the share of the device's peak that 6N + 12·L·d·T FLOPs a token come to: GPT.flops_per_token.
+MFU: 6N + 12·L·d·T FLOPs per token (GPTConfig.flops_per_token) as a fraction of the device's peak rate.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
@@ -33,27 +33,20 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import cli
 import dataloader
 import optim
-import planning
-import runtime
-import tokenizer
-from cli import UserError
-from model import GPT, GPTConfig, default_loss_chunks
+from model import GPT, GPTConfig
+from pre_tokens.shards import find_shards
 from settings import PRESETS
+from support import cli, hardware, loss, planning, runtime, tokenizer
+from support.cli import Dtype, UserError, flag
+from support.progress import Stopwatch
 
-BACKENDS = {
-    "default": [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ],
-    "cudnn": [SDPBackend.CUDNN_ATTENTION],
-    "flash": [SDPBackend.FLASH_ATTENTION],
-    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
-    "math": [SDPBackend.MATH],
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
 }
 
 
@@ -62,55 +55,55 @@ class Settings:
     preset: str = "gpt2-124m"
     """Preset whose model, sequence length, batch and optimizer are timed or planned."""
     n_layer: int = 0
-    """Blocks. 0: the preset's; so for the next three."""
+    """Transformer blocks. 0: the preset's."""
     n_head: int = 0
-    """Attention heads."""
+    """Attention heads per block. 0: the preset's."""
     n_embd: int = 0
-    """Width."""
+    """Width. 0: the preset's."""
     sequence_length: int = 0
-    """Tokens a sequence."""
+    """Tokens per sequence. 0: the preset's."""
     micro_batch_size: int = 0
-    """Sequences at once. 0: the largest that fits on a GPU, 1 on a CPU."""
+    """Sequences per forward pass. 0: the largest that fits on a GPU, 1 on a CPU."""
     loss_chunks: int = 0
-    """Parts that the loss is computed in. 0: one on a GPU, of 512 tokens on a CPU."""
+    """Compute the loss in so many chunks. 0: one on a GPU; of 512 tokens on a CPU."""
     accumulation_steps: int = 1
-    """Micro-batches a step."""
+    """Micro-batches per step."""
     optimizer: Literal["preset", "adamw", "muon"] = "preset"
     """preset: the one that the preset trains with."""
     attention: Literal["default", "cudnn", "flash", "efficient", "math"] = "default"
     """Kernel of scaled_dot_product_attention."""
     loader: Literal["memmap", "int64"] = "memmap"
-    """Ours, or a shard held as int64 and cut into batches in the foreground, as older scripts do."""
+    """Ours, or a shard in memory as int64, cut into batches in the foreground, as older scripts do."""
     sync: bool = False
     """Wait for the device after each step, as older scripts do."""
     compile: bool = False
     """Compile the model. On by default on CUDA only."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
     """Precision of matrix products."""
     data_dir: Path | None = None
-    """Shards to read, rather than random tokens."""
+    """Shards to read instead of random tokens."""
     steps: int = 3
-    """Steps that are timed."""
+    """Steps to time."""
     warmup: int = 1
-    """Steps before them."""
+    """Steps before those that are timed."""
     compare: tuple[str, str] | None = None
-    """Two settings to time in turn: "NAME=VALUE NAME=VALUE …" each, with the names of these flags."""
+    """Two settings to time in turn, each as "NAME=VALUE NAME=VALUE …" with the names of these flags."""
     rounds: int = 3
-    """Turns of --compare."""
+    """Rounds of --compare."""
     sweep: bool = False
-    """Time many settings and say which flags are best."""
+    """Time many settings and say which flags are fastest."""
     plan: str | None = None
-    """COUNTxGPU, as 8xA100-80GB: calculate the preset's run there instead of timing."""
+    """COUNTxGPU, such as 8xA100-80GB: calculate the preset's run there instead of timing."""
     nodes: int = 1
-    """Machines of --plan."""
+    """Machines for --plan."""
     network: float = 12.5
-    """GB/s between the machines of --plan."""
+    """GB/s between the machines for --plan."""
     mfu: float = 0.45
     """MFU that --plan assumes."""
     price: float = 0.0
-    """Price of a GPU hour for --plan."""
+    """Price per GPU hour for --plan."""
     json: bool = False
     """Print one JSON object."""
 
@@ -121,13 +114,13 @@ def check_settings(s: Settings) -> None:
         raise UserError(f"--preset {s.preset}: not one of {', '.join(PRESETS)}")
     for name in ("steps", "rounds", "nodes", "accumulation_steps"):
         if getattr(s, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
+            raise UserError(f"{flag(name, getattr(s, name))}: must be at least 1")
     for name in (
         "n_layer", "n_head", "n_embd", "sequence_length", "micro_batch_size", "loss_chunks", "warmup",
         "price",
     ):  # fmt: skip
         if not 0 <= getattr(s, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 0")
+            raise UserError(f"{flag(name, getattr(s, name))}: must be at least 0")
     if not 0 < s.mfu <= 1:
         raise UserError(f"--mfu {s.mfu}: must be above 0 and at most 1 (0.45 is 45 %)")
     if not 0 < s.network < math.inf:
@@ -146,12 +139,12 @@ def model_config(s: Settings) -> tuple[GPTConfig, int]:
 
 
 def micro_batches(s: Settings, B: int, T: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end: random tokens, or those of --data-dir, through our loader or an int64 shard."""
+    """Endless batches: random tokens, or those of --data-dir, through our loader or an int64 shard."""
     if s.data_dir is None:
         x, y = torch.randint(tokenizer.VOCAB_SIZE, (2, B, T), device=device)
         while True:
             yield x, y
-    shards = dataloader.find_shards(s.data_dir)["train"]
+    shards = find_shards(s.data_dir)["train"]
     if s.loader == "memmap":
         yield from dataloader.train_batches(dataloader.TokenStream(shards, T, 0, True), 0, B, B, 0, 1, device)
     tokens = torch.from_numpy(np.load(shards[0].path).astype(np.int64))
@@ -164,42 +157,14 @@ def micro_batches(s: Settings, B: int, T: int, device: torch.device) -> Iterator
         yield part[:-1].view(B, T).to(device), part[1:].view(B, T).to(device)
 
 
-class Stopwatch:
-    """Times between marks, by the device's own events on CUDA, so that marking does not hold it up."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, object]] = []
-
-    def mark(self, part: str) -> None:
-        """Note that what has run since the last mark was `part`."""
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((part, event))
-        else:
-            self.marks.append((part, time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by part; the first mark only starts the watch."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        totals: dict[str, float] = {}
-        for (_, begin), (part, end) in zip(self.marks, self.marks[1:], strict=False):
-            duration = begin.elapsed_time(end) / 1000 if self.cuda else end - begin
-            totals[part] = totals.get(part, 0.0) + duration
-        return totals
-
-
 def measure(s: Settings) -> dict[str, object]:
-    """Time steps of training as the settings say."""
+    """Time training steps as the settings say."""
     rt = runtime.start(s.device, s.dtype)
     config, T = model_config(s)
     on_cuda = rt.device.type == "cuda"
-    padded = dataclasses.replace(config, padded_vocab_size=50304 if on_cuda else 0)
-    model = GPT(padded).to(rt.device)
-    B = s.micro_batch_size or (runtime.largest_micro_batch(model, T, 64, rt) if on_cuda else 1)
-    loss_chunks = s.loss_chunks or default_loss_chunks(B * T, rt.device)
+    model = GPT(dataclasses.replace(config, padded_vocab_size=50304 if on_cuda else 0)).to(rt.device)
+    B = s.micro_batch_size or (hardware.largest_micro_batch(model, T, 64, rt) if on_cuda else 1)
+    loss_chunks = s.loss_chunks or loss.default_chunks(B * T, rt.device)
     p = PRESETS[s.preset]
     name = p.optimizer if s.optimizer == "preset" else s.optimizer
     optimizers = optim.build_optimizers(model, name, p.learning_rate, p.embedding_lr_ratio, p.weight_decay)
@@ -208,8 +173,9 @@ def measure(s: Settings) -> dict[str, object]:
     tokens = s.accumulation_steps * B * T
 
     begin = time.perf_counter()
-    durations, parts = [], []
-    with sdpa_kernel(BACKENDS[s.attention]) if s.attention != "default" else contextlib.nullcontext():
+    watches = []
+    kernel = KERNELS.get(s.attention)
+    with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
         for step in range(s.warmup + s.steps):
             watch = Stopwatch(rt.device)
             watch.mark("start")
@@ -217,9 +183,9 @@ def measure(s: Settings) -> dict[str, object]:
                 x, y = next(batches)
                 watch.mark("data")
                 with rt.autocast():
-                    _, loss = step_model(x, y, loss_chunks)
+                    _, batch_loss = step_model(x, y, loss_chunks)
                 watch.mark("forward")
-                (loss / s.accumulation_steps).backward()
+                (batch_loss / s.accumulation_steps).backward()
                 watch.mark("backward")
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -228,26 +194,26 @@ def measure(s: Settings) -> dict[str, object]:
             watch.mark("optimizer")
             if s.sync:
                 rt.synchronize()
-                loss.item()
+                batch_loss.item()
             if step >= s.warmup:
-                parts.append(watch)
+                watches.append(watch)
             elif step == s.warmup - 1:
                 rt.synchronize()
                 warmup_seconds = time.perf_counter() - begin
     batches.close()
-    seconds = [watch.seconds() for watch in parts]
+    seconds = [watch.seconds() for watch in watches]
     durations = [sum(part.values()) for part in seconds]
     median = statistics.median(durations)
-    peak = runtime.peak_flops(rt.device, rt.dtype)
+    peak = hardware.peak_flops(rt.device, rt.dtype)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "tokens_per_sec": tokens / median,
         "step_ms": 1000 * median,
         "step_ms_min": 1000 * min(durations),
         "step_ms_max": 1000 * max(durations),
-        "mfu": model.flops_per_token(T) * tokens / median / peak,
+        "mfu": config.flops_per_token(T) * tokens / median / peak,
         "peak_tflops": peak / 1e12,
-        "flops_per_token": model.flops_per_token(T),
+        "flops_per_token": config.flops_per_token(T),
         "memory_gb": (torch.cuda.max_memory_allocated() if on_cuda else rss) / 1e9,
         "parts_ms": {
             part: 1000 * statistics.median(s[part] for s in seconds)
@@ -259,18 +225,18 @@ def measure(s: Settings) -> dict[str, object]:
         "loss_chunks": loss_chunks,
         "optimizer": name,
         "compiled": s.compile,
-        "hardware": runtime.hardware(rt),
+        "hardware": hardware.describe(rt),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
 def describe(result: dict[str, object]) -> str:
-    """A measurement as a person reads it."""
-    hardware, parts = result["hardware"], result["parts_ms"]
+    """A measurement for a person to read."""
+    machine, parts = result["hardware"], result["parts_ms"]
     share = {part: f"{part} {ms:,.1f}" for part, ms in parts.items()}
     return (
-        f"{hardware['name']}, {hardware['dtype']}, torch {result['torch']}, "
+        f"{machine['name']}, {machine['dtype']}, torch {result['torch']}, "
         f"{'compiled' if result['compiled'] else 'eager'}\n"
         f"batch      {result['micro_batch_size']} x {result['sequence_length']} tokens, "
         f"loss in {result['loss_chunks']} chunks, {result['optimizer']}\n"
@@ -279,7 +245,7 @@ def describe(result: dict[str, object]) -> str:
         f"{result['step_ms_max']:,.1f}\n"
         f"parts      {', '.join(share.values())} ms\n"
         f"MFU        {100 * result['mfu']:.1f} % of {result['peak_tflops']:,.2f} TFLOP/s, at "
-        f"{result['flops_per_token'] / 1e6:,.0f} MFLOP a token (6N + 12·L·d·T)\n"
+        f"{result['flops_per_token'] / 1e6:,.0f} MFLOP per token (6N + 12·L·d·T)\n"
         f"memory     {result['memory_gb']:.2f} GB at most\n"
         f"warm-up    {result['warmup_s']:.1f} s"
     )
@@ -289,48 +255,45 @@ def describe(result: dict[str, object]) -> str:
 
 
 def override(s: Settings, text: str) -> Settings:
-    """Settings with "NAME=VALUE NAME=VALUE" put over them, by way of the command line's own parser."""
+    """Settings overridden by "NAME=VALUE NAME=VALUE", read with the command line's own parser."""
     flags = []
     for item in text.split():
         name, equals, value = item.partition("=")
-        flag = "--" + name.replace("_", "-")
+        own = "--" + name.replace("_", "-")
         if not equals or name not in {f.name for f in dataclasses.fields(s)}:
             raise UserError(f"--compare {text!r}: {item!r} is not NAME=VALUE with the name of a flag")
-        known = {"True": [flag], "False": ["--no" + flag[1:]]}
-        flags += known.get(value, [flag, value])
+        flags += {"True": [own], "False": ["--no" + own[1:]]}.get(value, [own, value])
     side = cli.parse(Settings, "", default=s, args=flags)
     check_settings(side)
     return side
 
 
 def measure_apart(s: Settings) -> dict[str, object]:
-    """`measure` in a process of its own, whose memory and compiled code are its own."""
+    """`measure` in a process of its own, with its own memory and compiled code."""
     single = dataclasses.replace(s, compare=None, sweep=False, json=True)
     command = [sys.executable, __file__]
     for field in dataclasses.fields(single):
-        value, flag = getattr(single, field.name), "--" + field.name.replace("_", "-")
+        value, own = getattr(single, field.name), "--" + field.name.replace("_", "-")
         if isinstance(value, bool):
-            command.append(flag if value else "--no" + flag[1:])
+            command.append(own if value else "--no" + own[1:])
         elif value is not None:
-            command += [flag, str(value)]
+            command += [own, str(value)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(last.removeprefix("error: "))
+        raise UserError(cli.last_error(done.stderr))
     return json.loads(done.stdout)
 
 
 def compare(s: Settings) -> dict[str, object]:
-    """Time two settings in turn, A B A B …, and set each pair against each other."""
+    """Time two settings in turn, A B A B …, and compare each pair."""
     sides = [override(s, text) for text in s.compare]
     results: list[list[dict[str, object]]] = [[], []]
     for number in range(s.rounds):
         for side, own, name in zip(sides, results, "AB", strict=True):
             own.append(measure_apart(side))
             if not s.json:
-                last = own[-1]
-                speed = f"{last['tokens_per_sec']:,.0f} tokens/s, {last['memory_gb']:.2f} GB"
-                print(f"round {number + 1} {name}: {speed}", flush=True)
+                speed = f"{own[-1]['tokens_per_sec']:,.0f} tokens/s, {own[-1]['memory_gb']:.2f} GB"
+                print(f"round {number + 1} {name}: {speed}")
     ratios = [a["tokens_per_sec"] / b["tokens_per_sec"] for a, b in zip(*results, strict=True)]
     return {
         "ratio": statistics.median(ratios),
@@ -377,7 +340,7 @@ def sweep(s: Settings) -> list[dict[str, object]]:
 
 
 def show_plan(s: Settings) -> None:
-    """Print what the preset's run takes on the hardware of --plan."""
+    """Print what the preset's run would take on the hardware of --plan."""
     config, T = model_config(s)
     p = PRESETS[s.preset]
     plan = planning.plan(
@@ -387,21 +350,13 @@ def show_plan(s: Settings) -> None:
         print(json.dumps(dataclasses.asdict(plan)))
         return
     tokens = p.total_batch_size * p.max_steps
-    waiting = 1000 * plan.exposed_seconds
     print(f"{s.preset} on {s.nodes} x {s.plan}: {tokens / 1e9:.1f}B tokens, MFU {100 * s.mfu:.0f} % assumed")
-    print(f"batch      {plan.micro_batch_size} x {T} tokens a GPU, {plan.accumulation_steps} rounds a step")
-    print(f"memory     {plan.memory_gb:.1f} GB a GPU")
-    print(f"step       {1000 * plan.step_seconds:,.0f} ms, {waiting:,.1f} of them waiting for gradients")
-    print(f"speed      {p.total_batch_size / plan.step_seconds:,.0f} tokens/s")
-    print(f"scaling    {100 * plan.scaling_efficiency:.1f} % of the speed of as many GPUs apart")
-    print(f"time       {plan.hours:.2f} hours, without validation and checkpoints")
-    if plan.cost is not None:
-        print(f"cost       {plan.cost:,.2f} at {s.price} a GPU hour")
+    print(planning.describe(plan, T, p.total_batch_size))
 
 
 def main() -> None:
     defaults = Settings(compile=torch.cuda.is_available())
-    s = cli.parse(Settings, "Time this machine at the recipe, or plan a run on another.", default=defaults)
+    s = cli.parse(Settings, "Time training on this machine, or plan a run on another.", default=defaults)
     check_settings(s)
     if s.plan:
         show_plan(s)

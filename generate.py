@@ -4,8 +4,8 @@
     python generate.py                                             # on a terminal: a prompt loop
     python generate.py --model gpt2 --prompt - --json < prompt.txt
 
-In the loop, Ctrl-C stops the sample and Ctrl-D leaves. A sample depends on the model, the prompt, the
-settings and the seed, not on how many samples are drawn beside it.
+In the loop, Ctrl-C stops the sample and Ctrl-D quits. A sample depends on the model, the prompt, the
+settings and the seed, not on how many other samples are drawn.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
@@ -23,12 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
-import cli
-import runtime
-import tokenizer
-from cli import UserError
 from model import GPT
+from support import cli, run_folder, runtime, tokenizer
+from support.cli import Dtype, UserError
+from support.runtime import Runtime
 
 
 @dataclass
@@ -36,24 +34,24 @@ class Settings:
     model: str = "log"
     """A run, a checkpoint, a GPT-2 folder in the Hugging Face format, or a Hub name (gpt2)."""
     prompt: str | None = None
-    """Text to continue; - reads standard input. Left out: a prompt loop, or without a terminal any text."""
+    """Text to continue; - reads standard input. Left out: a prompt loop (without a terminal, no prompt)."""
     num_samples: int = 3
-    """Samples of a prompt."""
+    """Samples per prompt."""
     max_new_tokens: int = 64
-    """Most tokens a sample; it ends earlier where the model ends the text."""
+    """Maximum tokens per sample; a sample ends earlier if the model ends the text."""
     temperature: float = 0.8
-    """Below 1 more cautious, above 1 bolder; 0 always takes the likeliest token."""
+    """Below 1 more conservative, above 1 more varied; 0 always takes the likeliest token."""
     top_k: int = 50
-    """Draw from the so many likeliest tokens. 0: from all."""
+    """Sample from the k likeliest tokens. 0: from all."""
     top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities reach this sum. 1: from all."""
+    """Sample from the fewest tokens whose probabilities add up to this. 1: from all."""
     seed: int = 42
-    """Decides the samples."""
+    """Seed of the samples."""
     json: bool = False
-    """Print one JSON object: the prompt and, of each sample, text, tokens and why it ended."""
+    """Print one JSON object: the prompt and, for each sample, its text, tokens and why it ended."""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
     """Precision of matrix products."""
 
 
@@ -73,7 +71,7 @@ def check_settings(s: Settings) -> None:
 
 
 def encode_prompt(text: str, block_size: int) -> list[int]:
-    """The ids of a prompt, at most its last block_size; an empty one is the start of a document."""
+    """The ids of a prompt, at most its last block_size; an empty prompt is the start of a document."""
     ids = tokenizer.get_encoding().encode_ordinary(text) or [tokenizer.END_OF_TEXT_ID]
     if len(ids) > block_size:
         print(
@@ -83,8 +81,8 @@ def encode_prompt(text: str, block_size: int) -> list[int]:
     return ids[-block_size:]
 
 
-def samples(model: GPT, ids: list[int], s: Settings, rt: runtime.Runtime, first: int, n: int) -> Iterator:
-    """Tokens of samples number `first` to `first + n`, as they are drawn: yields n ids, None once ended."""
+def samples(model: GPT, ids: list[int], s: Settings, rt: Runtime, first: int, n: int) -> Iterator:
+    """Samples number `first` to `first + n`, token by token: yields n ids, None once a sample has ended."""
     generators = [torch.Generator().manual_seed((s.seed + i) % 2**63) for i in range(first, first + n)]
     with rt.autocast():
         yield from model.stream(
@@ -99,7 +97,7 @@ def samples(model: GPT, ids: list[int], s: Settings, rt: runtime.Runtime, first:
 
 
 def decode(tokens: Iterator[int | None]) -> Iterator[str]:
-    """Text as its tokens come, up to the end of text; a character waits until all its bytes are there."""
+    """Text as its tokens arrive, up to the end of text; a character waits until all its bytes are there."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         if token in (None, tokenizer.END_OF_TEXT_ID):
@@ -108,7 +106,7 @@ def decode(tokens: Iterator[int | None]) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def as_json(model: GPT, prompt: str, s: Settings, rt: runtime.Runtime) -> str:
+def as_json(model: GPT, prompt: str, s: Settings, rt: Runtime) -> str:
     """All samples of a prompt, drawn together, as one line of JSON."""
     ids = encode_prompt(prompt, model.config.block_size)
     steps = list(samples(model, ids, s, rt, 0, s.num_samples))
@@ -121,8 +119,8 @@ def as_json(model: GPT, prompt: str, s: Settings, rt: runtime.Runtime) -> str:
     return json.dumps({"model": s.model, "prompt": prompt, "seed": s.seed, "samples": drawn})
 
 
-def print_samples(model: GPT, prompt: str, s: Settings, rt: runtime.Runtime) -> None:
-    """Stream the samples of a prompt to standard output, one after the other."""
+def print_samples(model: GPT, prompt: str, s: Settings, rt: Runtime) -> None:
+    """Stream the samples of a prompt to standard output, one after another."""
     ids = encode_prompt(prompt, model.config.block_size)
     for number in range(s.num_samples):
         print(prompt, end="", flush=True)
@@ -132,10 +130,10 @@ def print_samples(model: GPT, prompt: str, s: Settings, rt: runtime.Runtime) -> 
 
 
 def prompt_loop(show: Callable[[str], None]) -> None:
-    """Ask for prompts and show what the model makes of them, until Ctrl-D."""
+    """Ask for prompts and show samples until Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history and editing
-    print("A prompt, then Enter. Ctrl-C stops a sample, Ctrl-D leaves.")
+    print("Type a prompt and press Enter. Ctrl-C stops a sample, Ctrl-D quits.")
     while True:
         try:
             show(input("> "))
@@ -150,9 +148,9 @@ def main() -> int:
     s = cli.parse(Settings, "Sample from a model.")
     check_settings(s)
     rt = runtime.start(s.device, s.dtype)
-    model = GPT.from_pretrained(checkpoint.find_model(s.model)).to(rt.device)
+    model = GPT.from_pretrained(run_folder.find_model(s.model)).to(rt.device)
     if model.config.vocab_size != tokenizer.VOCAB_SIZE:
-        raise UserError(f"--model {s.model}: has {model.config.vocab_size} ids, not GPT-2's 50257")
+        raise UserError(f"--model {s.model}: has {model.config.vocab_size} token ids, not GPT-2's 50257")
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
     try:
         if s.json:
@@ -168,13 +166,13 @@ def main() -> int:
 
 
 def read_prompt(s: Settings) -> str:
-    """The prompt that --prompt says. Raises UserError where standard input is not utf-8."""
+    """The text of --prompt. Raises UserError if standard input is not UTF-8."""
     if s.prompt != "-":
         return s.prompt or ""
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompt -: standard input is not utf-8 ({error})") from error
+        raise UserError(f"--prompt -: standard input is not UTF-8 ({error})") from error
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""HellaSwag: which of four endings does the model find likeliest? For the training loop, and as a script.
+"""HellaSwag: which of four endings does the model find likeliest? For the training loop and as a script.
 
     python hellaswag.py --model log                        # the newest checkpoint of a run
-    python hellaswag.py --model gpt2 --style harness       # as lm-evaluation-harness counts
+    python hellaswag.py --model gpt2 --style harness       # scored as lm-evaluation-harness does
 
 What is unusual here:
-- An example is one row: its context once, its four endings behind it. A mask shows each ending the context
+- An example is one row: its context once, then its four endings. A mask shows each ending only the context
   and itself, and each ending's positions follow the context's.
-- Logits are formed only where they predict a token of an ending.
-- Batches hold examples of like length and are the same for any number of processes, which share them out.
+- Logits are computed only where they predict a token of an ending.
+- Batches contain examples of similar length and are the same for any number of processes, which share them.
 
 Paper: Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"; data: rowanz/hellaswag.
 """
@@ -33,13 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import cli
-import metrics
-import runtime
-import tokenizer
-from cli import UserError
 from model import GPT
+from support import cli, files, hardware, run_folder, runtime, tokenizer
+from support.cli import Dtype, UserError
+from support.runtime import Runtime
 
 Style = Literal["completion", "harness"]
 
@@ -51,7 +48,7 @@ CACHE = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
 # OpenAI's GPT-2 124M on all examples: acc, acc_norm.
 PUBLISHED = {"completion": (0.2859, 0.2955), "harness": (0.2892, 0.3114)}
 
-# Tokens a batch: enough for the device to be busy. Rows of logits at a time: they are 50257 wide.
+# Tokens per batch: enough to keep the device busy. Rows of logits at a time: they are 50257 wide.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 HEAD_ROWS = 1024
 
@@ -84,7 +81,7 @@ class Score:
 
 
 def fetch() -> Path:
-    """The published validation file, fetched once. Raises UserError where it cannot be had, or is another."""
+    """The published validation file, fetched once. Raises UserError if it cannot be fetched, or differs."""
     if not CACHE.exists():
         try:
             with urllib.request.urlopen(URL, timeout=60) as response:
@@ -96,7 +93,7 @@ def fetch() -> Path:
             ) from error
         _check(content, URL)
         CACHE.parent.mkdir(parents=True, exist_ok=True)
-        metrics.write_atomically(CACHE, content.decode("utf-8"))
+        files.write_atomically(CACHE, content.decode("utf-8"))
     _check(CACHE.read_bytes(), str(CACHE))
     return CACHE
 
@@ -110,10 +107,22 @@ def _check(content: bytes, name: str) -> None:
         )
 
 
-def load(data: Path | None = None, style: Style = "completion", limit: int = 0) -> list[Example]:
-    """Tokenised examples of a HellaSwag file (None: the published one, fetched if need be), in its order.
+def prepare(data: str, rt: Runtime) -> list[Example]:
+    """The examples for a training run, of a local file or the published one; none if it cannot be fetched."""
+    if data:
+        return load(Path(data))
+    try:
+        rt.run_on_some(rt.local_rank == 0, fetch)
+    except UserError as error:
+        rt.say(f"warning: continuing without HellaSwag: {error}")
+        return []
+    return load()
 
-    limit: only the first so many; 0: all. Raises UserError on a file that holds something else.
+
+def load(data: Path | None = None, style: Style = "completion", limit: int = 0) -> list[Example]:
+    """Tokenised examples of a HellaSwag file (None: the published one, fetched if necessary), in its order.
+
+    limit: only the first so many; 0: all. Raises UserError on a file that contains something else.
     """
     path = data or fetch()
     try:
@@ -170,7 +179,7 @@ def _clean(text: str) -> str:
 
 
 class SharedContext:
-    """Attention over rows of a context and its endings: what `GPT.hidden` takes in place of a cache."""
+    """Attention over rows of a context and its endings (see `model.Attention`)."""
 
     def __init__(self, positions: Tensor, segments: Tensor) -> None:
         """positions (B, T); segments (B, T): 0 for the context, 1 to 4 for the endings, 5 for padding."""
@@ -180,17 +189,19 @@ class SharedContext:
         same = segments[:, :, None] == segments[:, None, :]
         self.mask = (earlier & (same | (segments == 0)[:, None, :]))[:, None]
 
-    def append(self, T: int, device: torch.device) -> Tensor:
+    def start(self, T: int, device: torch.device) -> Tensor:
+        """The tokens' positions, (B, T)."""
         return self.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention among these tokens, as far as the mask allows."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
 
 @torch.no_grad()
 def ending_losses(model: GPT, batch: list[Example]) -> Tensor:
     """Summed loss in nats of each ending after its context: float32 (len(batch), 4), on the CPU."""
-    # Lengths in steps of 8 keep the GPU's masked attention on its fast path.
+    # Multiples of 8 keep the GPU's masked attention on its fast path.
     T = -(-max(example.row_length for example in batch) // 8) * 8
     idx, positions, segments = (torch.full((len(batch), T), value) for value in (0, 0, 5))
     sources, targets, owners = [], [], []  # of each predicted token: state, id, ending
@@ -217,10 +228,10 @@ def ending_losses(model: GPT, batch: list[Example]) -> Tensor:
     return sums.view(-1, 4).cpu()
 
 
-def fit(examples: list[Example], block_size: int) -> list[Example]:
-    """Cut contexts on the left where context and longest ending do not fit into block_size positions.
+def truncate_contexts(examples: list[Example], block_size: int) -> list[Example]:
+    """Cut contexts on the left where context and longest ending exceed block_size positions.
 
-    Raises UserError where an ending alone does not.
+    Raises UserError if an ending alone does.
     """
     fitting = []
     for example in examples:
@@ -232,7 +243,7 @@ def fit(examples: list[Example], block_size: int) -> list[Example]:
 
 
 def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
-    """The examples by length, longest first, in batches of about `tokens` tokens with their padding."""
+    """The examples by length, longest first, in batches of at most `tokens` tokens including padding."""
     found: list[list[Example]] = []
     for example in sorted(examples, key=lambda e: e.row_length, reverse=True):
         if not found or (len(found[-1]) + 1) * found[-1][0].row_length > tokens:
@@ -241,13 +252,15 @@ def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
     return found
 
 
-def evaluate(model: GPT, examples: list[Example], rt: runtime.Runtime, progress: bool = False) -> Score:
-    """Accuracy over the examples, shared out over the processes: the same for any number of them.
+def evaluate(model: GPT, examples: list[Example], rt: Runtime, progress: bool = False) -> Score:
+    """Accuracy over the examples, shared among the processes: the same for any number of them.
 
-    model: the module itself, not what torch.compile made of it, as compiling pays for none of these shapes.
+    model: the module itself, not compiled: its batches have many shapes, and compiling pays for none of them.
     """
-    right = torch.zeros(2, dtype=torch.int64)
-    todo = batches(fit(examples, model.config.block_size), BATCH_TOKENS.get(rt.device.type, 2048))
+    correct = torch.zeros(2, dtype=torch.int64)
+    todo = batches(
+        truncate_contexts(examples, model.config.block_size), BATCH_TOKENS.get(rt.device.type, 2048)
+    )
     with tqdm(total=len(examples), unit=" examples", disable=not progress) as bar:
         for batch in todo[rt.rank :: rt.world_size]:
             with rt.autocast():
@@ -255,9 +268,9 @@ def evaluate(model: GPT, examples: list[Example], rt: runtime.Runtime, progress:
             labels = torch.tensor([example.label for example in batch])
             lengths = torch.tensor([example.lengths for example in batch])
             choices = torch.stack([losses.argmin(dim=1), (losses / lengths).argmin(dim=1)])
-            right += (choices == labels).sum(dim=1)
+            correct += (choices == labels).sum(dim=1)
             bar.update(len(batch) * rt.world_size)
-    acc, acc_norm = (rt.all_reduce(right.to(rt.device)).double() / len(examples)).tolist()
+    acc, acc_norm = (rt.all_reduce(correct.to(rt.device)).double() / len(examples)).tolist()
     return Score(acc, acc_norm, len(examples))
 
 
@@ -269,40 +282,41 @@ class Settings:
     model: str = "log"
     """A run, a checkpoint, a GPT-2 folder in the Hugging Face format, or a Hub name (gpt2)."""
     data: Path | None = None
-    """A local HellaSwag file. Left out: the published validation file, fetched once."""
+    """A local file of HellaSwag examples. Left out: the published validation file, fetched once."""
     limit: int = 0
-    """Only the first so many examples. 0: all."""
+    """Use only the first so many examples. 0: all."""
     style: Style = "completion"
-    """completion: texts as they are, losses by token. harness: as lm-evaluation-harness, by character."""
+    """completion: unchanged text, loss per token. harness: text and loss per character as in
+    lm-evaluation-harness."""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
     """Precision of matrix products."""
 
 
 def main() -> None:
-    s = cli.parse(Settings, "How often is the right ending of HellaSwag the likeliest?")
+    s = cli.parse(Settings, "Evaluate a model on HellaSwag.")
     if s.limit < 0:
         raise UserError(f"--limit {s.limit}: must be at least 0")
     rt = runtime.start(s.device, s.dtype)
     if s.data is None:
-        rt.lead(rt.local_rank == 0, fetch)
+        rt.run_on_some(rt.local_rank == 0, fetch)
     examples = load(s.data, s.style, s.limit)
-    model = GPT.from_pretrained(checkpoint.find_model(s.model)).to(rt.device)
+    model = GPT.from_pretrained(run_folder.find_model(s.model)).to(rt.device)
     begin = time.perf_counter()
     score = evaluate(model, examples, rt, progress=rt.is_main)
     seconds = time.perf_counter() - begin
     if rt.is_main:
-        pairs = zip(examples, fit(examples, model.config.block_size), strict=True)
-        cut = sum(whole.context != fitting.context for whole, fitting in pairs)
+        truncated = truncate_contexts(examples, model.config.block_size)
+        cut = sum(a.context != b.context for a, b in zip(examples, truncated, strict=True))
         if cut:
-            print(f"warning: {cut} contexts cut to the model's {model.config.block_size} positions")
+            print(f"warning: {cut} contexts truncated to the model's {model.config.block_size} positions")
         print(f"{'':24}{'acc':>16}{'acc_norm':>18}{'examples':>10}")
         shares = "".join(f"{p:11.4f} ± {score.standard_error(p):.4f}" for p in (score.acc, score.acc_norm))
         print(f"{s.model[-22:]:22}{shares}{score.n:10,}   {s.style} style")
         acc, acc_norm = PUBLISHED[s.style]
         print(f"{'GPT-2 124M, published':22}{acc:11.4f}{acc_norm:20.4f}{N_EXAMPLES:19,}")
-        print(f"{score.n / seconds:.1f} examples/s on {runtime.hardware(rt)['name']}, {rt.dtype}")
+        print(f"{score.n / seconds:.1f} examples/s on {hardware.describe(rt)['name']}, {rt.dtype}")
     rt.close()
 
 

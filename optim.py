@@ -1,15 +1,15 @@
-"""Parameter groups, optimizers and learning-rate schedules."""
+"""Parameter groups, AdamW, Muon, and the learning rate of each step."""
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Schedule = Literal["cosine", "linear", "wsd", "constant"]
-OptimizerName = Literal["adamw", "muon"]
+from settings import OptimizerName, Schedule, Settings
+
+# ---------------------------------------------------------------- optimizers
 
 
 def build_optimizers(
@@ -19,11 +19,11 @@ def build_optimizers(
     embedding_lr_ratio: float,
     weight_decay: float,
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers that share out the model's parameters; each group has its peak rate as "peak_lr".
+    """The optimizers that share the model's parameters; each group has its peak learning rate as "peak_lr".
 
-    Embeddings and the matrices of the blocks decay; biases and LayerNorm's gains do not (as in GPT-3).
+    Embeddings and the blocks' matrices decay; biases and LayerNorm's gains do not (as in GPT-3).
     adamw: AdamW for all. muon: Muon for the blocks' matrices, AdamW for the rest.
-    Embeddings, the tied head among them, take `embedding_lr_ratio` times the learning rate.
+    Embeddings, including the tied head, use `embedding_lr_ratio` times the learning rate.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     embeddings = [p for n, p in named if n.endswith(("wte.weight", "wpe.weight"))]
@@ -53,14 +53,28 @@ def build_optimizers(
     return [*optimizers, adamw]
 
 
+def step(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, finite: Tensor) -> None:
+    """One step of all optimizers from the gradients, which are cleared; no step where `finite` is 0.
+
+    finite: a scalar on the device, 1.0 or 0.0. Checked on the device: skipping a bad step costs no
+    synchronisation. In fp16 the scaler makes this check itself.
+    """
+    for optimizer in optimizers:
+        if not scaler.is_enabled():
+            optimizer.found_inf = 1 - finite
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+
+
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of a matrix is orthogonalised: every direction moves by the same amount.
+    """Momentum whose update of a matrix is orthogonalised, so that every direction moves by the same amount.
 
     Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", with the scale of
     Liu et al. 2025, "Muon is Scalable for LLM Training" (0.2·sqrt(larger side), AdamW's usual step size), so
     that learning rate and weight decay are those of AdamW. The same step as `torch.optim.Muon` with
-    adjust_lr_fn="match_rms_adamw"; beside that, a group's `parts` splits its matrices' rows into as many
-    matrices, and the processes of a group share out the work and gather it.
+    adjust_lr_fn="match_rms_adamw"; beyond it, a group's `parts` splits its matrices' rows into that many
+    matrices, and the processes of a group share the work.
     """
 
     def __init__(
@@ -77,40 +91,40 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """One update from the gradients, which must be the same on every process.
 
-        Where an attribute `found_inf` is set and not 0, nothing changes, as with torch's fused optimizers.
+        If an attribute `found_inf` is set and not 0, nothing changes, as with torch's fused optimizers.
         """
         keep = 1 - getattr(self, "found_inf", 0)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            # Each process orthogonalises every world_size-th matrix, then all hand theirs round.
+            # Each process orthogonalises every world_size-th matrix, then all exchange theirs.
             for begin in range(0, len(parameters), world_size):
-                some = parameters[begin : begin + world_size]
-                updates = [torch.empty_like(p) for p in some]
-                for owner, parameter in enumerate(some):
+                shared = parameters[begin : begin + world_size]
+                updates = [torch.empty_like(p) for p in shared]
+                for owner, parameter in enumerate(shared):
                     state = self.state[parameter]
                     if "momentum_buffer" not in state:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
                     gradient = parameter.grad.nan_to_num(0.0, 0.0, 0.0)
                     momentum = state["momentum_buffer"].lerp_(gradient, (1 - group["momentum"]) * keep)
                     if owner == rank:
-                        ahead = gradient.lerp(momentum, group["momentum"])  # Nesterov's look ahead
-                        pieces = [orthogonalize(piece) for piece in ahead.chunk(group["parts"])]
+                        nesterov = gradient.lerp(momentum, group["momentum"])
+                        pieces = [orthogonalize(piece) for piece in nesterov.chunk(group["parts"])]
                         updates[owner] = torch.cat(pieces).to(parameter.dtype)
                 if world_size > 1:
                     for owner, update in enumerate(updates):
                         dist.broadcast(update, src=owner)
-                for parameter, update in zip(some, updates, strict=True):
+                for parameter, update in zip(shared, updates, strict=True):
                     rows, columns = parameter.shape[0] // group["parts"], parameter.shape[1]
                     parameter.mul_(1 - group["lr"] * group["weight_decay"] * keep)
                     parameter.sub_(update.mul_(0.2 * math.sqrt(max(rows, columns)) * group["lr"] * keep))
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U·V' of the matrix's singular value decomposition U·S·V', (rows, columns), by Newton–Schulz.
+    """Approximately U·V' of a matrix (rows, columns) whose singular value decomposition is U·S·V'.
 
-    Five steps of the quintic of Jordan et al. 2024 bring every singular value to within 0.7 and 1.2 or so;
-    in bf16 on a GPU, in fp32 elsewhere.
+    Newton–Schulz: five steps of the quintic of Jordan et al. 2024 bring every singular value to between
+    about 0.7 and 1.2; in bf16 on a GPU, in fp32 elsewhere.
     """
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     tall = x.shape[0] > x.shape[1]
@@ -122,6 +136,20 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return x.t() if tall else x
 
 
+# ---------------------------------------------------------------- learning rate
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, s: Settings) -> float:
+    """Set every group's learning rate for optimizer step `step` (1 for the first); returns the base rate."""
+    factor = learning_rate_factor(
+        step - 1, s.max_steps, s.warmup_steps, s.min_lr_ratio, s.schedule, s.cooldown_fraction
+    )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+    return factor * s.learning_rate
+
+
 def learning_rate_factor(
     step: int,
     max_steps: int,
@@ -130,13 +158,12 @@ def learning_rate_factor(
     schedule: Schedule,
     cooldown_fraction: float,
 ) -> float:
-    """The share of the peak learning rate that update `step` (0 for the first) of `max_steps` takes.
+    """The fraction of the peak learning rate for step `step` (0 for the first) of `max_steps`.
 
     Linear warm-up to 1 over `warmup_steps`, then down to `min_lr_ratio` at the end of training:
       cosine    half a cosine (Loshchilov & Hutter 2017)
       linear    a straight line
       wsd       1, then a straight line over the last `cooldown_fraction` of all steps (Hu et al. 2024)
-      constant  1 throughout
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -144,10 +171,5 @@ def learning_rate_factor(
     if schedule == "wsd":
         start = max(warmup_steps, max_steps - round(cooldown_fraction * max_steps))
     done = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
-    if schedule == "constant":
-        decay = 0.0
-    elif schedule == "cosine":
-        decay = 0.5 * (1 - math.cos(math.pi * done))
-    else:
-        decay = done
+    decay = 0.5 * (1 - math.cos(math.pi * done)) if schedule == "cosine" else done
     return 1 - (1 - min_lr_ratio) * decay

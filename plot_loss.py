@@ -1,10 +1,10 @@
-"""Figures of one run or several.
+"""Plot the curves of one run or several.
 
     python plot_loss.py                          # log/loss_curves.png
-    python plot_loss.py log log2 --out both.png  # compared in one figure
+    python plot_loss.py log log2 --out both.png  # several runs in one figure
 
-A run is a run folder, its metrics.jsonl, or a plain log of older trainers: lines of `STEP train LOSS`,
-`STEP val LOSS`, `STEP hella ACC`.
+A run is a run folder, its metrics.jsonl, or a plain log of older training scripts: lines of
+`STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`.
 """
 
 import math
@@ -16,10 +16,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-import checkpoint
-import cli
-import metrics
-from cli import UserError
+from support import cli, metrics, run_folder
+from support.cli import UserError
 
 PLAIN_LINE = re.compile(r"(\d{1,15})\s+(train|val|hella)\s+(\S+)")
 
@@ -29,26 +27,25 @@ class Settings:
     runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=lambda: [Path("log")])
     """Run folders, metrics.jsonl files or plain logs."""
     out: Path | None = None
-    """The figure's file (.png, .pdf, .svg). Left out: loss_curves.png beside the first run."""
+    """The figure's file (.png, .pdf, .svg). Left out: loss_curves.png in the first run's folder."""
     log_x: bool = False
-    """Steps on a logarithmic scale."""
+    """Use a logarithmic scale for the steps."""
     smooth: int = 0
-    """Steps that the smoothed training loss averages over, centred. 0: a fiftieth of the longest run; 1: no
-    smoothing."""
+    """Steps over which the training loss is averaged, centred. 0: a fiftieth of the longest run; 1: none."""
 
 
 def plot_run(run: Path) -> Path:
-    """Draw loss_curves.png into a run folder; returns its path."""
-    return plot([run], run / "loss_curves.png")
+    """Draw loss_curves.png in a run folder; returns its path."""
+    return plot([run], run / run_folder.FIGURE)
 
 
 def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> Path:
     """Draw loss, HellaSwag, learning rate and throughput of the runs into one figure.
 
     A run of a single evaluation (--max-steps 0) is a baseline: a horizontal line. Raises UserError on runs
-    that cannot be read or hold nothing to draw.
+    that cannot be read or contain nothing to draw.
     """
-    from matplotlib.figure import Figure  # heavy, and the training script imports this file
+    from matplotlib.figure import Figure  # slow to import, and the training script imports this file
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     series = {label: read_run(path) for label, path in zip(_labels(runs), runs, strict=True)}
@@ -120,7 +117,7 @@ def _draw_losses(axis: object, values: dict, name: str, color: str, window: int)
 
 
 def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the `window` values around each, over fewer at the ends; NaN left out."""
+    """Mean over the `window` values around each, over fewer at both ends; NaN does not count."""
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.where(known, values, 0.0).cumsum()])
     counts = np.concatenate([[0], known.cumsum()])
@@ -132,21 +129,21 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def read_run(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The curves of a run: name -> (steps, values), for those of train, val, hellaswag, lr, tokens_per_sec.
+    """The curves of a run: name -> (steps, values), with the names train, val, hellaswag, lr, tokens_per_sec.
 
-    Raises UserError where there is nothing to read, or nothing to draw.
+    Raises UserError if there is nothing to read, or nothing to draw.
     """
-    file = path / "metrics.jsonl" if path.is_dir() else path
+    file = path / run_folder.METRICS if path.is_dir() else path
     if not file.is_file():
         raise UserError(
             f"{path}: no run there: name a run folder, a metrics.jsonl or a plain log"
-            f"{checkpoint.runs_below(path)}"
+            f"{run_folder.runs_below(path)}"
         )
     points: dict[str, list[tuple[int, float]]] = {}
     for name, step, value in _records(file) if file.suffix == ".jsonl" else _plain_lines(file):
         points.setdefault(name, []).append((step, np.nan if value is None else float(value)))
     if not points:
-        raise UserError(f"{file}: holds no losses to draw yet")
+        raise UserError(f"{file}: contains no losses to draw yet")
     return {
         name: tuple(np.array(column) for column in zip(*sorted(p), strict=True)) for name, p in points.items()
     }
@@ -182,9 +179,9 @@ def _plain_lines(file: Path) -> list[tuple[str, int, object]]:
 
 
 def _labels(runs: list[Path]) -> list[str]:
-    """A short name for each run: its own, or the whole path where names repeat."""
+    """A short name for each run: its folder's, or the full path if names repeat."""
     names = [
-        run.parent.name if run.name == "metrics.jsonl" else run.stem if run.is_file() else run.name
+        run.parent.name if run.name == run_folder.METRICS else run.stem if run.is_file() else run.name
         for run in runs
     ]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
@@ -193,7 +190,7 @@ def _labels(runs: list[Path]) -> list[str]:
 def main() -> None:
     settings = cli.parse(Settings, "Draw the loss curves of one run or several.")
     first = settings.runs[0]
-    out = settings.out or (first if first.is_dir() else first.parent) / "loss_curves.png"
+    out = settings.out or (first if first.is_dir() else first.parent) / run_folder.FIGURE
     print(plot(settings.runs, out, settings.log_x, settings.smooth))
 
 

@@ -1,11 +1,11 @@
-"""A run to the Hugging Face Hub, as a model that others can load.
+"""Upload a run to the Hugging Face Hub, as a model that others can load.
 
     python upload_hf.py --run log --repo-id USER/NAME --dry-run      # what would be sent, and the model card
     python upload_hf.py --run log --repo-id USER/NAME --private
     python upload_hf.py --run log --repo-id USER/NAME --checkpoint 500 --revision step-500
-    python upload_hf.py --convert model_19072.pt --out gpt2-124m     # an older .pt checkpoint to a folder
+    python upload_hf.py --convert model_19072.pt --out gpt2-124m     # convert an older .pt checkpoint
 
-The token comes from HF_TOKEN or from `hf auth login`. Only files named below, in the run folder, are sent.
+The token comes from HF_TOKEN or from `hf auth login`. Only the files named below are sent.
 """
 
 import json
@@ -20,26 +20,22 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from torch import Tensor
 
-import checkpoint
-import cli
 import hellaswag
-import hub
-import metrics
-import tokenizer
-from cli import UserError
 from model import GPT, GPTConfig
+from support import checkpoint, cli, hub, metrics, pretrained, run_folder, tokenizer
+from support.cli import UserError
 
 MODEL_FILES = (
     "model.safetensors", "config.json", "generation_config.json",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-# Of the run: name there -> name on the Hub, where config.json is the model's.
+# The run's files: name in the folder -> name on the Hub, where config.json is the model's.
 RUN_FILES = {
-    "metrics.jsonl": "metrics.jsonl",
-    "config.json": "training_config.json",
-    "summary.json": "summary.json",
-    "samples.txt": "samples.txt",
-    "loss_curves.png": "loss_curves.png",
+    run_folder.METRICS: run_folder.METRICS,
+    run_folder.CONFIG: "training_config.json",
+    run_folder.SUMMARY: run_folder.SUMMARY,
+    run_folder.SAMPLES: run_folder.SAMPLES,
+    run_folder.FIGURE: run_folder.FIGURE,
 }
 
 
@@ -48,56 +44,57 @@ class Settings:
     run: Path = Path("log")
     """Run folder."""
     repo_id: str = ""
-    """Model on the Hub, USER/NAME; made if it is not there."""
+    """Name of the model on the Hub, USER/NAME; created if it does not exist."""
     private: bool = False
-    """Make a new model private."""
+    """Create the model as private."""
     dry_run: bool = False
     """Only show the model card and list what would be sent."""
     checkpoint: int | None = None
     """Step of the checkpoint to send. Left out: the newest."""
     revision: str = ""
-    """Tag for what is sent, so that `from_pretrained(..., revision=TAG)` finds it later."""
+    """Tag for this upload, so that `from_pretrained(..., revision=TAG)` finds it later."""
     license: str = ""
-    """Licence that the model card states, such as mit. Left out: the one on the data set's card, if any."""
+    """Licence to state on the model card, such as mit. Left out: the data set's, if its card states one."""
     language: str = ""
-    """Language that the model card states, such as en. Left out: as on the data set's card, if any."""
+    """Language to state on the model card, such as en. Left out: the data set's, if its card states one."""
     convert: Path | None = None
-    """Instead of uploading: an older .pt checkpoint, to be written as a folder to --out."""
+    """Instead of uploading, convert this older .pt checkpoint to the folder --out."""
     out: Path | None = None
-    """The folder that --convert writes."""
+    """Folder that --convert writes."""
 
 
 # ---------------------------------------------------------------- upload
 
 
 def pick_checkpoint(run: Path, step: int | None) -> Path:
-    """The checkpoint of that step (None: the newest), looked over. Raises UserError where there is none."""
+    """The checkpoint of that step (None: the newest), verified. Raises UserError if there is none."""
     if not run.is_dir():
         raise UserError(f"--run {run}: no such folder: name a run")
     if step is None:
-        folder, complaints = checkpoint.newest_whole(run)
-        if complaints:
-            raise UserError(f"{complaints[0]}: --checkpoint STEP sends an older one")
+        folder, problems = checkpoint.latest_intact(run)
+        if problems:
+            raise UserError(f"{problems[0]}: --checkpoint STEP sends an older one")
         if folder is None:
-            raise UserError(f"--run {run}: holds no checkpoint{checkpoint.runs_below(run)}")
+            raise UserError(f"--run {run}: contains no checkpoint{run_folder.runs_below(run)}")
         return folder
-    folder = run / "checkpoints" / f"step_{step:06d}"
+    folder = checkpoint.folder_of(run, step)
     if not folder.is_dir():
-        held = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.folders(run)) or "none"
-        raise UserError(f"--checkpoint {step}: not in {run}: there is {held}")
-    checkpoint.check(folder)
+        steps = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.folders(run)) or "none"
+        raise UserError(f"--checkpoint {step}: not in {run}, which has {steps}")
+    checkpoint.verify(folder)
     return folder
 
 
 def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """What to send, name on the Hub -> file, and the names of what the run does not have.
+    """What to send, name on the Hub -> file, and the names of the files that the run lacks.
 
-    Raises UserError where a file of the model is missing, or where a link leads out of the run folder.
+    Raises UserError if a file of the model is missing, if a link leads out of the run folder, or if a file
+    contains the user's token.
     """
     files = {name: folder / name for name in MODEL_FILES}
     for path in files.values():
         if not path.is_file():
-            raise UserError(f"{path}: missing: a model is not whole without it: send another --checkpoint")
+            raise UserError(f"{path}: missing: a model is not complete without it: send another --checkpoint")
     missing = [name for name in RUN_FILES if not (run / name).is_file()]
     files |= {there: run / name for name, there in RUN_FILES.items() if name not in missing}
     files |= {path.name: path for path in sorted(run.glob("*.png"))}
@@ -106,7 +103,7 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
         if not path.resolve().is_relative_to(run.resolve()):
             raise UserError(f"{path}: leads out of {run} to {path.resolve()}: put a copy there")
         if token and path.suffix != ".safetensors" and token.encode() in path.read_bytes():
-            raise UserError(f"{path}: holds your Hub token: remove it from there")
+            raise UserError(f"{path}: contains your Hub token: remove it from there")
     return files, missing
 
 
@@ -128,11 +125,11 @@ def describe_data(config: dict) -> tuple[str, str]:
 
 
 def licence_and_language(s: Settings, dataset: str) -> list[str]:
-    """The card's lines on both: as the flags say, else as the data set's own card does, else none."""
+    """The card's lines on both: from the flags, else from the data set's own card, else none."""
     given: dict[str, object] = {"license": s.license, "language": s.language}
     if dataset and not all(given.values()):
         try:
-            with hub.explained(dataset):
+            with hub.user_errors(dataset):
                 card = HfApi().dataset_info(dataset, timeout=10).card_data or {}
             given = {key: value or card.get(key) for key, value in given.items()}
         except UserError as error:
@@ -141,15 +138,15 @@ def licence_and_language(s: Settings, dataset: str) -> list[str]:
 
 
 def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
-    """The README.md: recipe, data, losses, HellaSwag, hardware, time, how to load it, figure, samples."""
+    """The README.md: recipe, data, losses, HellaSwag, hardware, time, usage, figure, samples."""
     run, repo_id = s.run, s.repo_id
     config = (
-        json.loads((run / "config.json").read_text(encoding="utf-8"))
+        json.loads((run / run_folder.CONFIG).read_text(encoding="utf-8"))
         if "training_config.json" in files
         else {}
     )
     settings, hardware = config.get("settings", {}), config.get("hardware", {})
-    records = [r for r in metrics.read(run / "metrics.jsonl") if r["step"] <= step]
+    records = [r for r in metrics.read(run / run_folder.METRICS) if r["step"] <= step]
     last = {record["kind"]: record for record in records}
     shape = json.loads(files["config.json"].read_text(encoding="utf-8"))
     rows = {
@@ -157,7 +154,7 @@ def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
     }
     if "parameters" in config:
         rows["parameters"] = f"{config['parameters']:,}"
-    rows["updates"] = f"{step:,}"
+    rows["optimizer steps"] = f"{step:,}"
     if "total_batch_size" in settings:
         rows["tokens"] = f"{step * settings['total_batch_size']:,}"
     dataset = ""
@@ -171,7 +168,7 @@ def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
     ):
         score, published = last["hellaswag"], hellaswag.PUBLISHED["completion"]
         rows["HellaSwag, acc / acc_norm"] = f"{score['acc']:.4f} / {score['acc_norm']:.4f} of {score['n']:,}"
-        rows["HellaSwag, GPT-2 124M as published"] = f"{published[0]:.4f} / {published[1]:.4f}"
+        rows["HellaSwag of the published GPT-2 124M"] = f"{published[0]:.4f} / {published[1]:.4f}"
     if hardware:
         rows["hardware"] = "{processes} x {name}, {dtype}".format(**hardware)
     if any(r["kind"] == "train" for r in records):
@@ -201,16 +198,16 @@ def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
         parts += ["", "## Recipe", "", "| setting | |", "|---|---|"]
         parts += [f"| {name.replace('_', ' ')} | {settings[name]} |" for name in recipe if name in settings]
     if "samples.txt" in files:
-        # Indented, as a fence could be closed by what the model wrote.
+        # Indented rather than fenced: the model's own text could close a fence.
         samples = files["samples.txt"].read_text(encoding="utf-8").strip()
         parts += ["", "## Samples", "", textwrap.indent(samples, "    ", lambda line: True)]
     return "\n".join(parts) + "\n"
 
 
 def upload(s: Settings) -> None:
-    """Send the run in one commit, and tag it if --revision says so."""
+    """Send the run in one commit, and tag it if there is a --revision."""
     if not s.repo_id:
-        raise UserError("--repo-id: needed: USER/NAME of the model on the Hub")
+        raise UserError("--repo-id: required: USER/NAME of the model on the Hub")
     folder = pick_checkpoint(s.run, s.checkpoint)
     files, missing = collect(s.run, folder)
     card = model_card(s, checkpoint.step_of(folder), files)
@@ -226,14 +223,14 @@ def upload(s: Settings) -> None:
     if not get_token():
         raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")
     api = HfApi()
-    with hub.explained(what):
-        hub.patiently(lambda: api.create_repo(s.repo_id, private=s.private, exist_ok=True))
+    with hub.user_errors(what):
+        hub.with_retries(lambda: api.create_repo(s.repo_id, private=s.private, exist_ok=True))
         if s.revision and s.revision in {tag.name for tag in api.list_repo_refs(s.repo_id).tags}:
-            raise UserError(f"--revision {s.revision}: a tag of that name is there: choose another")
+            raise UserError(f"--revision {s.revision}: a tag of that name already exists: choose another")
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
-        title = f"Weights after {checkpoint.step_of(folder)} updates"
-        commit = hub.patiently(lambda: api.create_commit(s.repo_id, operations, commit_message=title))
+        title = f"Weights after {checkpoint.step_of(folder)} steps"
+        commit = hub.with_retries(lambda: api.create_commit(s.repo_id, operations, commit_message=title))
         if s.revision:
             api.create_tag(s.repo_id, tag=s.revision, revision=commit.oid)
     print(f"done: {api.endpoint}/{s.repo_id}")
@@ -243,13 +240,13 @@ def upload(s: Settings) -> None:
 
 
 class _SavedConfig:
-    """Stands in for the class of another program's settings: its values are read, its code is not."""
+    """Stands in for another program's settings class: its values are read, its code is not."""
 
 
 def read_pt(file: Path) -> dict[str, object]:
-    """What an older checkpoint holds; a settings object becomes a dictionary. No code in it is run.
+    """The contents of an older checkpoint; a settings object becomes a dictionary. No code in it is run.
 
-    Raises UserError where it cannot be read, or needs more than tensors, plain values and a GPTConfig.
+    Raises UserError if it cannot be read, or needs more than tensors, plain values and a GPTConfig.
     """
     if not file.is_file():
         raise UserError(f"--convert {file}: no such file")
@@ -268,23 +265,23 @@ def read_pt(file: Path) -> dict[str, object]:
     except UserError:
         raise
     except Exception as error:
-        # Of torch's long message the name only: the rest says how to load the file unsafely.
+        # Only the name from torch's long message: the rest says how to load the file unsafely.
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would run code, {code[1]}" if code else f"damaged, or no file of torch: {error!r:.80}"
+        reason = f"it would run code, {code[1]}" if code else f"damaged, or not a torch file: {error!r:.80}"
         raise UserError(f"--convert {file}: refused: {reason}: save tensors and plain values") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "config" not in saved:
-        raise UserError(f"--convert {file}: not a checkpoint of the shape {{'model': …, 'config': …}}")
+        raise UserError(f"--convert {file}: not a checkpoint of the form {{'model': …, 'config': …}}")
     config = saved["config"]
     return {**saved, "config": vars(config) if isinstance(config, _SavedConfig) else config}
 
 
 def convert(file: Path, out: Path) -> None:
-    """Write an older checkpoint of a GPT-2 as a folder that transformers and this project load.
+    """Convert an older checkpoint of a GPT-2 to a folder that transformers and this project load.
 
-    Raises UserError where it holds another model, or where `out` holds files already.
+    Raises UserError if it contains another model, or if `out` already contains files.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: exists: name a new folder")
+        raise UserError(f"--out {out}: already exists: name a new folder")
     saved = read_pt(file)
     try:
         shape = {name: int(saved["config"][name]) for name in ("block_size", "n_layer", "n_head", "n_embd")}
@@ -301,8 +298,8 @@ def convert(file: Path, out: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             tensor = tensors.get(name)
-            if tensor is not None and name == "transformer.wte.weight":
-                tensor = tensor[: tokenizer.VOCAB_SIZE]  # what is beyond is padding
+            if tensor is not None:
+                tensor = pretrained.without_padding(name, tensor, tokenizer.VOCAB_SIZE)
             if tensor is None or tensor.shape != parameter.shape:
                 have = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
                 raise UserError(f"--convert {file}: {name} is {have}, not {tuple(parameter.shape)}")
@@ -315,13 +312,13 @@ def convert(file: Path, out: Path) -> None:
     if out.exists():
         out.rmdir()
     unfinished.rename(out)
-    print(f"{out}: {model.num_parameters():,} parameters, step {saved.get('step', 'unknown')}")
+    print(f"{out}: {model.config.n_parameters:,} parameters, step {saved.get('step', 'unknown')}")
 
 
 def main() -> None:
     s = cli.parse(Settings, "Upload a run to the Hugging Face Hub, or convert an older checkpoint.")
     if (s.convert is None) != (s.out is None):
-        raise UserError("--convert and --out belong together: name the .pt file and the folder to write")
+        raise UserError("--convert and --out go together: name the .pt file and the folder to write")
     if s.convert is not None:
         convert(s.convert, s.out)
     else:

@@ -1,10 +1,10 @@
-"""Tokens/s of sampling, beside transformers, beside no cache, and beside what memory allows.
+"""Tokens/s of sampling, beside transformers, without a cache, and the most that memory bandwidth allows.
 
     python benchmarks/generation.py                       # GPT-2 124M with random weights
     python benchmarks/generation.py --model gpt2 --new-tokens 128
 
-All ways take turns in one process, so that a machine whose speed drifts does so for all of them. The bound
-is the time of the model's matrix-vector products alone: each weight is read once a token.
+All variants take turns in one process, so that a drift in the machine's speed affects all of them. The bound
+is the time of the model's matrix-vector products alone: each weight is read once per token.
 """
 
 import statistics
@@ -19,9 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import cli
-from model import GPT, GPTConfig, project
+from model import GPT, GPTConfig, Linear
+from support import cli, run_folder
 
 
 @dataclass
@@ -33,13 +32,13 @@ class Settings:
     new_tokens: int = 64
     """Tokens to generate."""
     rounds: int = 5
-    """How often each way is measured; the median counts."""
+    """How often each variant is measured; the median counts."""
     device: str = "cpu"
     """cpu or cuda."""
 
 
 def without_cache(model: GPT, idx: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Greedy decoding that computes the whole context anew for each token, the head only at its end."""
+    """Greedy decoding that recomputes the entire context for each token, the head only at its end."""
     for _ in range(new_tokens):
         idx = torch.cat([idx, model.head(model.hidden(idx)[:, -1:]).argmax(dim=-1)], dim=1)
     return idx
@@ -47,7 +46,7 @@ def without_cache(model: GPT, idx: torch.Tensor, new_tokens: int) -> torch.Tenso
 
 def products_alone(model: GPT, new_tokens: int, product: Callable) -> None:
     """The matrix-vector products of `new_tokens` tokens, and nothing else."""
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
     inputs = {layer.in_features: torch.randn(1, layer.in_features, device=model.device) for layer in layers}
     for _ in range(new_tokens):
         for layer in layers:
@@ -59,7 +58,7 @@ def main() -> None:
     import transformers
 
     torch.manual_seed(0)
-    model = GPT.from_pretrained(checkpoint.find_model(s.model)) if s.model else GPT(GPTConfig())
+    model = GPT.from_pretrained(run_folder.find_model(s.model)) if s.model else GPT(GPTConfig())
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval().to(s.device)
@@ -68,9 +67,9 @@ def main() -> None:
     eight = torch.randint(model.config.vocab_size, (8, s.prompt_tokens), device=s.device)
     greedy = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": s.new_tokens}
     ways: dict[str, tuple[int, Callable[[], object]]] = {
-        "the products alone": (1, lambda: products_alone(model, s.new_tokens, project)),
+        "the products alone": (1, lambda: products_alone(model, s.new_tokens, Linear.forward)),
         "the products, by nn.Linear": (
-            1, lambda: products_alone(model, s.new_tokens, torch.nn.Linear.__call__),
+            1, lambda: products_alone(model, s.new_tokens, torch.nn.Linear.forward),
         ),
         "ours, greedy": (1, lambda: model.generate(idx, s.new_tokens, temperature=0)),
         "ours, top-k 50": (1, lambda: model.generate(idx, s.new_tokens, temperature=0.8, top_k=50)),

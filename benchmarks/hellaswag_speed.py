@@ -16,11 +16,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import cli
 import hellaswag
-import runtime
 from model import GPT, GPTConfig
+from support import cli, hardware, run_folder, runtime
+from support.cli import Dtype
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Settings:
     """How often each way is measured; the median counts."""
     device: str = "auto"
     """cpu or cuda."""
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
     """Precision of matrix products."""
 
 
@@ -58,7 +57,7 @@ def main() -> None:
     s = cli.parse(Settings, "Measure HellaSwag.")
     rt = runtime.start(s.device, s.dtype)
     torch.manual_seed(0)
-    model = GPT.from_pretrained(checkpoint.find_model(s.model)) if s.model else GPT(GPTConfig())
+    model = GPT.from_pretrained(run_folder.find_model(s.model)) if s.model else GPT(GPTConfig())
     model.to(rt.device)
     examples = hellaswag.load(s.data, limit=s.limit)
     todo = hellaswag.batches(examples, hellaswag.BATCH_TOKENS[rt.device.type])
@@ -82,7 +81,7 @@ def main() -> None:
     print(f"{((ours - theirs) / lengths).abs().max():.1e}")
     print(
         f"{len(examples)} examples, median of {s.rounds} rounds; torch {torch.__version__}, "
-        f"{runtime.hardware(rt)['name']}, {rt.dtype}, {torch.get_num_threads()} threads"
+        f"{hardware.describe(rt)['name']}, {rt.dtype}, {torch.get_num_threads()} threads"
     )
     rt.close()
 

@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the m
 import numpy as np
 import tiktoken
 
-import cli
-import tokenizer
-from pre_tokens import builtin_corpus, shards, sources
+from pre_tokens import build_shards, builtin_corpus, sources
+from support import cli, tokenizer
 
 # tiktoken's own spelling of the rule, which the pool uses.
 PUBLISHED_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -58,9 +57,9 @@ def encode_one(text: str) -> np.ndarray:
     return np.array([tokenizer.END_OF_TEXT_ID, *encoding.encode_ordinary(text)]).astype(np.uint16)
 
 
-def blocks_of(texts: list[str]) -> Iterator[shards.Block]:
-    for number, begin in enumerate(range(0, len(texts), sources.DOCUMENTS_A_BLOCK)):
-        yield shards.Block(0, number, texts[begin : begin + sources.DOCUMENTS_A_BLOCK], 0)
+def blocks_of(texts: list[str]) -> Iterator[build_shards.Block]:
+    for number, begin in enumerate(range(0, len(texts), sources.DOCUMENTS_PER_BLOCK)):
+        yield build_shards.Block(0, number, texts[begin : begin + sources.DOCUMENTS_PER_BLOCK], 0)
 
 
 def main() -> None:
@@ -74,13 +73,13 @@ def main() -> None:
     times: dict[str, list[float]] = {"pool": [], "ours": []}
     with multiprocessing.get_context("spawn").Pool(s.workers, start_process) as pool:
         pool.map(encode_one, texts[: 16 * s.workers])
-        shards.encode(texts[:16])
+        build_shards.encode(texts[:16])
         for _ in range(s.rounds):
             begin = time.perf_counter()
             theirs = list(pool.imap(encode_one, texts, chunksize=16))
             times["pool"].append(time.perf_counter() - begin)
             begin = time.perf_counter()
-            ours = [ids for _, ids, _ in shards.encoded(blocks_of(texts), s.workers)]
+            ours = [ids for _, ids, _ in build_shards.encoded(blocks_of(texts), s.workers)]
             times["ours"].append(time.perf_counter() - begin)
     tokens = np.concatenate(ours)
     assert np.array_equal(tokens, np.concatenate(theirs))

@@ -1,7 +1,7 @@
-"""Text that every Python installation carries: enough to try the whole way without a network.
+"""Text that comes with every Python installation: enough to try everything without a network.
 
 The language reference, as `pydoc_data.topics` holds it, and the docstrings of the standard library, read
-from its source without importing it: about 0.6 M tokens of GPT-2's encoding.
+from its source without importing it: about 0.6 million GPT-2 tokens.
 """
 
 import ast
@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
 
-from pre_tokens import shards
+from pre_tokens import build_shards, shards
+from pre_tokens.build_shards import Block
 
 NOT_DOCUMENTATION = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 SHARD_SIZE = 60_000
-DOCUMENTS_A_BLOCK = 256
+DOCUMENTS_PER_BLOCK = 256
 PART_CHARACTERS = 2000
 
 
@@ -29,32 +30,30 @@ class BuiltinCorpus:
         self.size = sum(map(len, self.texts))
 
     def describe(self) -> dict[str, object]:
-        """Each version of Python has texts of its own."""
+        """Each version of Python has its own texts."""
         return {"kind": "builtin", "python": platform.python_version(), "characters": self.size}
 
-    def blocks(self, file: int, block: int) -> Iterator[shards.Block]:
+    def blocks(self, file: int, block: int) -> Iterator[Block]:
         """The blocks from this one on; there is only one file."""
-        for number in range(block, -(-len(self.texts) // DOCUMENTS_A_BLOCK)):
-            end = (number + 1) * DOCUMENTS_A_BLOCK
+        for number in range(block, -(-len(self.texts) // DOCUMENTS_PER_BLOCK)):
+            end = (number + 1) * DOCUMENTS_PER_BLOCK
             done = sum(map(len, self.texts[:end]))
-            yield shards.Block(file, number, self.texts[end - DOCUMENTS_A_BLOCK : end], done)
+            yield Block(file, number, self.texts[end - DOCUMENTS_PER_BLOCK : end], done)
 
 
 def complete(out_dir: Path) -> None:
-    """Make `out_dir` hold the corpus as token shards, also where an earlier call was cut off.
+    """Make `out_dir` contain the corpus as token shards, finishing an interrupted build.
 
-    A folder that holds shards of something else stays as it is.
+    A folder of other shards is left alone.
     """
     manifest = shards.read_manifest(out_dir / shards.MANIFEST)
     if manifest is None:
-        others = out_dir.is_dir() and any(
-            shards.SHARD_NAME.fullmatch(path.name) for path in out_dir.iterdir()
-        )
+        others = bool(shards.names_in(out_dir))
     else:
         others = manifest.get("source", {}).get("kind") != "builtin"
-    whole = manifest is not None and manifest.get("next") is None and not shards.missing(out_dir, manifest)
-    if not (others or whole):
-        shards.build(BuiltinCorpus(), out_dir, "builtin", SHARD_SIZE)
+    done = manifest is not None and manifest.get("next") is None and not shards.missing(out_dir, manifest)
+    if not (others or done):
+        build_shards.build(BuiltinCorpus(), out_dir, "builtin", SHARD_SIZE)
 
 
 def documents() -> Iterator[str]:
@@ -86,10 +85,10 @@ def _parts(text: str) -> list[str]:
 
 
 def _docstrings(path: Path, module: str) -> dict[str, str]:
-    """Documented object -> its docstring under its name, those of a class's methods following."""
+    """Documented object -> its docstring under its name, followed by those of a class's methods."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old modules hold escapes that newer Pythons warn of
+            warnings.simplefilter("ignore")  # old modules contain escapes that newer Pythons warn about
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return {}

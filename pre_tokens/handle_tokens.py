@@ -1,11 +1,11 @@
-"""Text to token shards.
+"""Turn text into token shards.
 
     python pre_tokens/handle_tokens.py                                    # FineWeb-Edu, 10 billion tokens
     python pre_tokens/handle_tokens.py --files 'books/*.txt' --name books --out-dir data/books
     python pre_tokens/handle_tokens.py --repo-id USER/NAME --text-column text --name mine --out-dir data/mine
     python pre_tokens/handle_tokens.py --source builtin --out-dir data/builtin
 
-Interrupted, the same command goes on after the last whole shard.
+If interrupted, the same command continues after the last complete shard.
 """
 
 import sys
@@ -15,9 +15,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules beside this folder
 
-import cli
-from cli import UserError
-from pre_tokens import builtin_corpus, shards, sources
+from pre_tokens import build_shards, builtin_corpus, shards, sources
+from support import cli
+from support.cli import UserError
 
 FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9")
 
@@ -25,29 +25,29 @@ FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT", "87f09149ef4734204d70
 @dataclass
 class Settings:
     source: Literal["fineweb-edu", "builtin"] = "fineweb-edu"
-    """Where the text comes from, unless --files or --repo-id says so. fineweb-edu: sample-10BT of
-    HuggingFaceFW/fineweb-edu, streamed from the Hub. builtin: the documentation that Python carries."""
+    """Where the text comes from, without --files or --repo-id. fineweb-edu: sample-10BT of
+    HuggingFaceFW/fineweb-edu, streamed from the Hub. builtin: Python's own documentation."""
     files: list[str] = field(default_factory=list)
     """Files and globs on this machine: .txt, .jsonl, .jsonl.gz, .parquet."""
     document_separator: str = ""
-    """What stands between the documents of a .txt file; \\n and \\t are a newline and a tab. Empty: each file
-    is one document."""
+    """What separates the documents in a .txt file; \\n and \\t are a newline and a tab. Empty: each file is
+    one document."""
     repo_id: str = ""
     """A data set on the Hub with parquet files, USER/NAME."""
     subset: str = ""
-    """The part of --repo-id to take: a configuration that its page names, or a folder. Empty: all."""
+    """The part of --repo-id to use: a configuration from its page, or a folder. Empty: all."""
     revision: str = "main"
-    """Branch, tag or commit of --repo-id. FineWeb-Edu has one commit unless another is given."""
+    """Branch, tag or commit of --repo-id. FineWeb-Edu is pinned to one commit unless another is given."""
     text_column: str = "text"
-    """Where the text stands in .jsonl and .parquet files."""
+    """The column or key of the text in .jsonl and .parquet files."""
     out_dir: Path = Path("data/fineweb-edu-10b")
     """Folder for the shards."""
     name: str = ""
-    """First part of the shards' file names. Empty: edufineweb or builtin, else the folder's own name."""
+    """First part of the shards' file names. Empty: edufineweb or builtin, else the name of --out-dir."""
     shard_size: int = 0
-    """Tokens a shard; the first shard is for validation. 0: 100 million, 60,000 for builtin."""
+    """Tokens per shard; the first shard is for validation. 0: 100 million, 60,000 for builtin."""
     workers: int = 0
-    """Threads that encode. 0: one a core."""
+    """Encoding threads. 0: one per core."""
 
 
 def main() -> None:
@@ -55,20 +55,20 @@ def main() -> None:
     source, name = choose_source(settings)
     builtin = isinstance(source, builtin_corpus.BuiltinCorpus)
     shard_size = settings.shard_size or (builtin_corpus.SHARD_SIZE if builtin else 100_000_000)
-    manifest = shards.build(source, settings.out_dir, name, shard_size, settings.workers)
+    manifest = build_shards.build(source, settings.out_dir, name, shard_size, settings.workers)
     print(
         f"{manifest['tokens']:,} tokens of {manifest['documents']:,} documents in {len(manifest['shards'])} "
         f"shards: {settings.out_dir} ({manifest['skipped']:,} documents without text skipped)"
     )
 
 
-def choose_source(s: Settings) -> tuple[shards.Source, str]:
-    """The source that the settings name, and the name for its shards."""
+def choose_source(s: Settings) -> tuple[build_shards.Source, str]:
+    """The source that the settings ask for, and the name for its shards."""
     if s.files and s.repo_id:
-        raise UserError("--files --repo-id: two sources: leave one out")
+        raise UserError("--files --repo-id: two sources: drop one of them")
     own_name = s.name or s.out_dir.name
     if not shards.SHARD_NAME.fullmatch(f"{own_name}_val_000000.npy"):
-        raise UserError(f"--name {own_name}: cannot begin a file name: use letters, digits, - and _")
+        raise UserError(f"--name {own_name}: not usable in a file name: use letters, digits, - and _")
     if s.files:
         separator = s.document_separator.replace("\\n", "\n").replace("\\t", "\t")
         return sources.local(s.files, s.text_column, separator), own_name

@@ -1,76 +1,115 @@
-"""Token shards on disk: their names, their manifest, and how a stream of text becomes them.
+"""The format of token shards: their names, their contents, the manifest beside them.
 
-    OUT_DIR/NAME_val_000000.npy      the first shard, for validation
-    OUT_DIR/NAME_train_000001.npy …  uint16 (shard_size,), every document preceded by 50256
-    OUT_DIR/manifest.json            where the text is from, and of each shard its tokens, documents, sha256
-
-A shard appears whole, then the manifest takes it in together with the place in the source where the next one
-begins. So a build that was killed goes on after the last whole shard, to the same bytes.
+DIR/NAME_val_000000.npy      the first shard, for validation
+DIR/NAME_train_000001.npy …  one-dimensional uint16, every document preceded by 50256
+DIR/manifest.json            where the text comes from; of each shard its tokens, documents, SHA-256
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import re
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
-import metrics
-import tokenizer
-from cli import UserError
+from support import files
+from support.cli import UserError
+from support.tokenizer import VOCAB_SIZE
+
+Split = Literal["train", "val"]
 
 # No separators in the name: one that comes from the Hub or a manifest stays inside the folder.
 SHARD_NAME = re.compile(r"(?P<name>[^/\\:\0]+)_(?P<split>train|val)_(?P<number>\d{6})\.npy")
 MANIFEST = "manifest.json"
-_END_OF_TEXT = np.array([tokenizer.END_OF_TEXT_ID], dtype=np.uint32)
+SPOT_CHECK_TOKENS = 2**20
+
+
+# ---------------------------------------------------------------- one shard
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in a source the next shard begins."""
+class Shard:
+    path: Path
+    offset: int  # bytes before the first token
+    n_tokens: int
 
-    file: int = 0
-    block: int = 0
-    token: int = 0  # of the block
-    skipped: int = 0  # documents without text in the blocks before
+    @property
+    def name(self) -> str:
+        """The data set's name: NAME in NAME_train_000001.npy."""
+        return SHARD_NAME.fullmatch(self.path.name)["name"]
 
-
-@dataclass(frozen=True)
-class Block:
-    """A handful of documents, read in one go."""
-
-    file: int
-    number: int  # in the file
-    texts: list[str | None]
-    bytes_read: int  # of all files, up to the end of this block
-    continues: bool = False  # the first text goes on the document that the block before ended with
-
-
-class Source(Protocol):
-    size: int  # bytes of all files
-
-    def describe(self) -> dict[str, object]:
-        """What tells this input from another, for the manifest."""
-
-    def blocks(self, file: int, block: int) -> Iterator[Block]:
-        """The blocks from this one on: the same for every call, wherever it starts."""
+    def map(self) -> np.ndarray:
+        """The tokens, uint16 (n_tokens,), as a memory map: only what is read gets into memory."""
+        try:
+            return np.memmap(self.path, np.uint16, "r", self.offset, (self.n_tokens,))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.path}: deleted or cut short while in use: restore it and --resume"
+            ) from error
 
 
-# ---------------------------------------------------------------- names and manifests
+def open_shard(path: Path) -> Shard:
+    """Check a shard's header, its length, and the ids at both ends.
+
+    Raises UserError unless it is a complete npy file of one-dimensional uint16 ids below 50257.
+    """
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = read_header(file)
+            offset = file.tell()
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check --data-dir") from error
+    except Exception as error:  # numpy's parser fails in many ways on a damaged header
+        raise UserError(f"{path}: not an npy file, or a damaged one: fetch or build it again") from error
+    if dtype != np.dtype("<u2"):
+        raise UserError(
+            f"{path}: contains {dtype}, not uint16: build it again with pre_tokens/handle_tokens.py"
+        )
+    if len(shape) != 1:
+        raise UserError(f"{path}: has {len(shape)} dimensions, not 1: build it again")
+    if shape[0] == 0:
+        raise UserError(f"{path}: is empty: fetch or build it again")
+    if size != offset + 2 * shape[0]:
+        raise UserError(
+            f"{path}: {size} bytes, but its header says {offset + 2 * shape[0]}: fetch or build it again"
+        )
+    shard = Shard(path, offset, shape[0])
+    tokens = shard.map()
+    for part in (tokens[:SPOT_CHECK_TOKENS], tokens[-SPOT_CHECK_TOKENS:]):
+        check_ids(part, path)
+    return shard
+
+
+def check_ids(tokens: np.ndarray, path: Path) -> None:
+    """Raise UserError if any of a shard's tokens is not an id of GPT-2's vocabulary."""
+    largest = int(tokens.max())
+    if largest >= VOCAB_SIZE:
+        raise UserError(
+            f"{path}: contains token id {largest}; the largest valid id is {VOCAB_SIZE - 1}: build it again"
+        )
+
+
+# ---------------------------------------------------------------- a folder of shards
+
+
+def names_in(folder: Path) -> list[str]:
+    """The file names of the folder's shards, by number; an empty list if there is no folder."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return in_order(name for name in names if SHARD_NAME.fullmatch(name))
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of shards by number. Of one number, validation comes first, as in sets that count both from 0."""
+    """Shards' names by number. Of equal numbers validation comes first, for sets that count both from 0."""
 
     def key(name: str) -> tuple[str, bool, str]:
         match = SHARD_NAME.fullmatch(name)
@@ -79,10 +118,58 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=key)
 
 
-def read_manifest(path: Path, where: str = "") -> dict | None:
-    """The manifest in a file; None where there is no file, or one of something else than shards.
+def find_shards(data_dir: Path, num_shards: int = 0) -> dict[Split, list[Shard]]:
+    """The folder's shards by split, each split sorted by name and number, all of them checked.
 
-    where: how messages name it, the path if left out. Raises UserError on a damaged manifest, or one that
+    num_shards: use only the first so many by number, the validation shard included; 0: all.
+    Raises UserError if the folder, the training shards or the validation shards are missing.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such folder: name a folder of shards with --data-dir")
+    shards: dict[Split, list[Shard]] = {"train": [], "val": []}
+    for name in sorted(names_in(data_dir)[: num_shards or None]):
+        shards[SHARD_NAME.fullmatch(name)["split"]].append(open_shard(data_dir / name))
+    for split, found in shards.items():
+        if not found:
+            among = f" among the first {num_shards} (--num-shards)" if num_shards else ""
+            raise UserError(
+                f"{data_dir}: no shard named NAME_{split}_NNNNNN.npy{among}: check --data-dir, or build "
+                "shards with pre_tokens/handle_tokens.py"
+            )
+    return shards
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create the folder and hold its lock, waiting for any other process or machine that writes there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = files.lock_folder(folder)
+    if lock is None:
+        print(f"{folder}: waiting for another process that is writing shards there", file=sys.stderr)
+        lock = files.lock_folder(folder, wait=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ---------------------------------------------------------------- manifests
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a source the next shard begins: the manifest's "next" while a build is incomplete."""
+
+    file: int = 0
+    block: int = 0
+    token: int = 0  # within the block
+    skipped: int = 0  # documents without text in the blocks before
+
+
+def read_manifest(path: Path, where: str = "") -> dict | None:
+    """The manifest in a file; None if there is no file, or a manifest of something else than shards.
+
+    where: how messages name it; the path if left out. Raises UserError on a damaged manifest, or one that
     names a file outside its folder.
     """
     where = where or str(path)
@@ -96,13 +183,13 @@ def read_manifest(path: Path, where: str = "") -> dict | None:
         return None
     try:
         for shard in manifest["shards"]:
-            sound = (
+            valid = (
                 SHARD_NAME.fullmatch(shard["file"])
                 and (shard["sha256"] is None or re.fullmatch("[0-9a-f]{64}", shard["sha256"]))
                 and type(shard["bytes"]) is int
                 and shard["bytes"] > 0
             )
-            if not sound:
+            if not valid:
                 raise ValueError(f"shard {shard!r}")
         Place(**(manifest.get("next") or {}))
     except (KeyError, TypeError, ValueError) as error:
@@ -111,188 +198,31 @@ def read_manifest(path: Path, where: str = "") -> dict | None:
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    metrics.write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's contents, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    """Replace the folder's manifest."""
+    files.write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def missing(folder: Path, manifest: dict, num_shards: int = 0) -> list[dict]:
-    """Entries of the manifest's shards that are not in the folder, of the first `num_shards` (0: of all)."""
+    """The manifest's entries, of the first `num_shards` (0: all), whose shards are not in the folder."""
     entries = {shard["file"]: shard for shard in manifest["shards"]}
     names = in_order(entries)[: num_shards or None]
     return [entries[name] for name in names if not (folder / name).is_file()]
 
 
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Write into the folder, which is made, while no other process does: on a shared disk of any machine.
+def check_complete(folder: Path, num_shards: int = 0) -> None:
+    """Raise UserError if a shard that the manifest lists, of the first `num_shards` (0: all), is missing.
 
-    A process that is killed leaves its lock free.
+    Training on less data than before must be the user's decision.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=0.1)
-    except Timeout:
-        print(f"{folder}: waiting for another process that writes shards there", file=sys.stderr)
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
-
-
-# ---------------------------------------------------------------- text to shards
-
-
-def build(source: Source, out_dir: Path, name: str, shard_size: int, workers: int = 0) -> dict:
-    """Write the source's tokens as shards of `shard_size`, going on where an earlier call was cut off.
-
-    A document that a shard's end falls into goes on in the next shard: no token is lost. The bytes do not
-    depend on `workers` (threads; 0: one a core). Memory: one shard and a few blocks, whatever the size of the
-    source. Returns the manifest.
-    Raises UserError where the folder holds shards of something else, or the source holds no text.
-    """
-    if shard_size < 1:
-        raise UserError(f"--shard-size {shard_size}: must be at least 1")
-    # Found before the folder is made: a source that cannot be read must leave nothing behind.
-    is_of = {
-        "source": source.describe(),
-        "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256},
-        "name": name,
-        "shard_size": shard_size,
-    }
-    tokenizer.get_encoding()
-    with lock(out_dir):
-        manifest = _begin(out_dir, is_of)
-        if manifest["next"] is not None:
-            _write_shards(source, out_dir, manifest, workers or os.cpu_count() or 1)
-    return manifest
-
-
-def _begin(out_dir: Path, is_of: dict) -> dict:
-    """The manifest of what is there already, or that of a new build."""
-    manifest = read_manifest(out_dir / MANIFEST)
-    if manifest is not None:
-        for key, value in {**is_of, **is_of["source"]}.items():
-            held = {**manifest, **manifest.get("source", {})}.get(key)
-            if held != value and key != "source":
-                now = f" ({held}, now {value})" if isinstance(value, str | int) else ""
-                raise UserError(
-                    f"--out-dir {out_dir}: holds shards with another {key}{now}: name another folder"
-                )
-        if not missing(out_dir, manifest):
-            return manifest
-        return {**is_of, "shards": [], "next": asdict(Place())}  # some were removed: all are made again
-    others = [path.name for path in out_dir.iterdir() if SHARD_NAME.fullmatch(path.name)]
-    if others:
+    manifest = read_manifest(folder / MANIFEST)
+    if manifest and (gone := missing(folder, manifest, num_shards)):
         raise UserError(
-            f"--out-dir {out_dir}: holds shards from elsewhere ({others[0]}): name another folder"
+            f"{folder / gone[0]['file']}: missing, but {MANIFEST} lists it: restore it, or use fewer shards "
+            f"with --num-shards ({len(gone)} missing)"
         )
-    return {**is_of, "shards": [], "next": asdict(Place())}
 
 
-def _write_shards(source: Source, out_dir: Path, manifest: dict, workers: int) -> None:
-    start = Place(**manifest["next"])
-    buffer = np.empty(manifest["shard_size"], dtype=np.uint16)
-    filled, skipped = 0, start.skipped
-    documents, tokens = (sum(shard[key] for shard in manifest["shards"]) for key in ("documents", "tokens"))
-
-    def finish_shard(following: Place | None) -> None:
-        nonlocal filled
-        manifest["shards"].append(_save(out_dir, manifest["name"], len(manifest["shards"]), buffer[:filled]))
-        manifest["next"] = asdict(following) if following else None
-        write_manifest(out_dir, manifest)
-        filled = 0
-
-    with tqdm(total=source.size, unit="B", unit_scale=True, desc=manifest["name"], disable=None) as bar:
-        for block, ids, empty in encoded(source.blocks(start.file, start.block), workers):
-            used = start.token if (block.file, block.number) == (start.file, start.block) else 0
-            documents += int(np.count_nonzero(ids[used:] == tokenizer.END_OF_TEXT_ID))
-            tokens += len(ids) - used
-            while used < len(ids):
-                part = ids[used : used + len(buffer) - filled]
-                buffer[filled : filled + len(part)] = part
-                filled += len(part)
-                used += len(part)
-                if filled == len(buffer):
-                    finish_shard(Place(block.file, block.number, used, skipped))
-            skipped += empty
-            bar.update(block.bytes_read - bar.n)
-            bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens", refresh=False)
-    if not tokens:
-        raise UserError(f"no text in the source ({skipped} empty documents): check --text-column and --files")
-    manifest |= {"documents": documents, "tokens": tokens, "skipped": skipped}
-    if filled:
-        finish_shard(None)
-    manifest["next"] = None
-    write_manifest(out_dir, manifest)
-
-
-def _save(out_dir: Path, name: str, number: int, tokens: np.ndarray) -> dict[str, object]:
-    """Write one shard, whole or not at all. Returns its entry in the manifest."""
-    path = out_dir / f"{name}_{'train' if number else 'val'}_{number:06d}.npy"
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, tokens)
-        file.flush()
-        os.fsync(file.fileno())
-    entry = {
-        "file": path.name,
-        "documents": int(np.count_nonzero(tokens == tokenizer.END_OF_TEXT_ID)),
-        "tokens": len(tokens),
-        "bytes": temporary.stat().st_size,
-        "sha256": sha256_of(temporary),
-    }
-    os.replace(temporary, path)
-    return entry
-
-
-def encoded(blocks: Iterator[Block], workers: int) -> Iterator[tuple[Block, np.ndarray, int]]:
-    """Each block with its tokens, in order: read by one thread, encoded by `workers`, a few blocks ahead.
-
-    Threads do, and need no copies: tiktoken works outside Python's lock.
-    """
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as encoders:
-        coming: deque[tuple[Block, Future]] = deque()
-        following = reader.submit(next, blocks, None)
-        while True:
-            while following is not None and len(coming) < 2 * workers:
-                block = following.result()
-                following = None if block is None else reader.submit(next, blocks, None)
-                if block is not None:
-                    coming.append((block, encoders.submit(encode, block.texts, block.continues)))
-            if not coming:
-                return
-            block, future = coming.popleft()
-            yield block, *future.result()
-
-
-def encode(texts: list[str | None], continues: bool = False) -> tuple[np.ndarray, int]:
-    """Documents -> (tokens, each document preceded by 50256, uint16 (n,); how many held no text).
-
-    Text that looks like a special token is encoded as the characters it is made of, lone surrogates as
-    U+FFFD: as `encode_ordinary` does. continues: the first text is the rest of a document, without a 50256.
-    """
-    enc = tokenizer.get_encoding()
-    parts, empty = [], 0
-    for index, text in enumerate(texts):
-        if not text:
-            empty += 1
-            continue
-        if not (continues and index == 0):
-            parts.append(_END_OF_TEXT)
-        try:
-            parts.append(enc.encode_to_numpy(text, disallowed_special=()))
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            parts.append(enc.encode_to_numpy(text, disallowed_special=()))
-    ids = np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
-    return ids, empty
+def describe(folder: Path, used: list[Shard]) -> dict[str, object]:
+    """What a run records of its data: the data sets' names, and where the manifest says they come from."""
+    manifest = read_manifest(folder / MANIFEST) or {}
+    return {"names": sorted({shard.name for shard in used}), "source": manifest.get("source")}

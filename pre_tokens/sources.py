@@ -1,7 +1,7 @@
-"""Where documents come from: files on this machine and data sets on the Hub, read a block at a time.
+"""Where documents come from: local files and data sets on the Hub, read one block at a time.
 
-Files are .txt, .jsonl, .jsonl.gz or .parquet. A block is some hundred documents, or a megabyte of a .txt file
-that is one document: what is in memory does not depend on the size of the files.
+Files are .txt, .jsonl, .jsonl.gz or .parquet. A block is a few hundred documents, or a megabyte of a .txt
+file that is one document: the memory needed does not depend on the size of the files.
 """
 
 import codecs
@@ -22,19 +22,21 @@ from typing import BinaryIO, TypeVar
 import pyarrow
 import pyarrow.parquet
 
-import hub
-from cli import UserError
-from pre_tokens.shards import Block
+from pre_tokens.build_shards import Block
+from support import hub
+from support.cli import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-DOCUMENTS_A_BLOCK = 256
-CHARACTERS_A_BLOCK = 2**20
-# Between a character that is no white space and a blank or a newline the encoding always splits, so text cut
+DOCUMENTS_PER_BLOCK = 256
+CHARACTERS_PER_BLOCK = 2**20
+# The encoding always splits between a character that is not white space and a space or newline, so text cut
 # there has the same tokens in parts as in one piece.
 SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 Text = TypeVar("Text", str, bytes)
-Texts = tuple[list[str | None], int, bool]  # documents, bytes read of the file, first one continues the last
+Texts = tuple[
+    list[str | None], int, bool
+]  # documents, bytes of the file read so far, first one continues the last
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,21 @@ class Files:
         self.size = sum(file.size for file in files)
 
     def describe(self) -> dict[str, object]:
-        """What the manifest says of the source, enough to notice another one."""
+        """What the manifest records of the source: enough to notice another one."""
         files = [{"name": Path(file.name).name, "bytes": file.size} for file in self.files]
         given = {"text_column": self.text_column, "document_separator": self.separator}
         return {**self.description, **given, "files": files}
 
     def blocks(self, file: int, block: int) -> Iterator[Block]:
-        """The blocks from `block` of `file` on; those before are passed over without being encoded.
+        """The blocks from `block` of `file` on; those before are skipped without being encoded.
 
-        Raises UserError where a file cannot be read.
+        Raises UserError if a file cannot be read.
         """
         before = sum(f.size for f in self.files[:file])
         for index in range(file, len(self.files)):
             skip = block if index == file else 0
             current = self.files[index]
-            with _explained(current.name), current.open() as stream:
+            with _user_errors(current.name), current.open() as stream:
                 for number, (texts, n_bytes, continues) in enumerate(self._read(current, stream, skip), skip):
                     yield Block(index, number, texts, before + n_bytes, continues)
             before += current.size
@@ -87,10 +89,10 @@ class Files:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn what a broken file or connection raises into a UserError that names the file."""
+def _user_errors(name: str) -> Iterator[None]:
+    """Turn the errors of a broken file or connection into a UserError that names the file."""
     try:
-        with hub.explained(name, "run the same command again to go on"):
+        with hub.user_errors(name, "run the same command again to continue"):
             yield
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 at byte {error.start} of a block: convert the file") from error
@@ -113,20 +115,20 @@ def _pieces(stream: BinaryIO) -> Iterator[tuple[str, int]]:
     rest = ""
     for text in _decoded(stream):
         rest += text
-        if len(rest) >= CHARACTERS_A_BLOCK and (cut := SAFE_CUT.match(rest)):
+        if len(rest) >= CHARACTERS_PER_BLOCK and (cut := SAFE_CUT.match(rest)):
             yield cut[0], stream.tell()
             rest = rest[cut.end() :]
     yield rest, stream.tell()
 
 
 def _read_separated(stream: BinaryIO, skip: int, separator: str) -> Iterator[Texts]:
-    """Documents with `separator` between them."""
+    """Documents separated by `separator`."""
 
     def documents() -> Iterator[str]:
         rest = ""
         for text in _decoded(stream):
-            *whole, rest = (rest + text).split(separator)
-            yield from whole
+            *complete, rest = (rest + text).split(separator)
+            yield from complete
         yield rest
 
     for number, texts in enumerate(_grouped(documents())):
@@ -136,13 +138,13 @@ def _read_separated(stream: BinaryIO, skip: int, separator: str) -> Iterator[Tex
 
 def _decoded(stream: BinaryIO) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    while data := stream.read(CHARACTERS_A_BLOCK):
+    while data := stream.read(CHARACTERS_PER_BLOCK):
         yield decoder.decode(data)
     yield decoder.decode(b"", final=True)
 
 
 def _read_jsonl(file: File, stream: BinaryIO, skip: int, column: str) -> Iterator[Texts]:
-    """One JSON object a line; its text under `column`."""
+    """One JSON object per line, its text under the key `column`."""
     lines = gzip.GzipFile(fileobj=stream) if file.name.endswith(".gz") else stream
     number = 0
     for index, group in enumerate(_grouped(lines)):
@@ -152,7 +154,7 @@ def _read_jsonl(file: File, stream: BinaryIO, skip: int, column: str) -> Iterato
         number += len(group)
 
 
-_BLANK = object()  # a line with nothing on it is no document
+_BLANK = object()  # an empty line is not a document
 
 
 def _json_text(line: bytes, name: str, number: int, column: str) -> str | None:
@@ -162,29 +164,29 @@ def _json_text(line: bytes, name: str, number: int, column: str) -> str | None:
         record = json.loads(line)
         text = record.get(column)
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{name}: line {number} is not a JSON object: mend or remove the line") from error
+        raise UserError(f"{name}: line {number} is not a JSON object: fix or remove the line") from error
     if not isinstance(text, str | None):
         kind = type(text).__name__
-        raise UserError(f"{name}: line {number} holds {kind} under {column!r}, no text: check --text-column")
+        raise UserError(f"{name}: line {number} has {kind} under {column!r}, not text: check --text-column")
     return text
 
 
 def _read_parquet(file: File, stream: BinaryIO, skip: int, column: str) -> Iterator[Texts]:
-    """Row group by row group, of each the one column; row groups before the block are never read."""
+    """One column, row group by row group; row groups before the block are not read."""
     table = pyarrow.parquet.ParquetFile(stream)
     if column not in table.schema_arrow.names:
         names = ", ".join(table.schema_arrow.names)
-        raise UserError(f"{file.name}: has no column {column!r} but {names}: check --text-column")
+        raise UserError(f"{file.name}: has no column {column!r}, only {names}: check --text-column")
     kind = table.schema_arrow.field(column).type
     if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-        raise UserError(f"{file.name}: column {column!r} holds {kind}, not text: check --text-column")
+        raise UserError(f"{file.name}: column {column!r} is {kind}, not text: check --text-column")
     groups = table.num_row_groups
     for group in range(groups):
-        n_blocks = -(-table.metadata.row_group(group).num_rows // DOCUMENTS_A_BLOCK)
+        n_blocks = -(-table.metadata.row_group(group).num_rows // DOCUMENTS_PER_BLOCK)
         if skip >= n_blocks:
             skip -= n_blocks
             continue
-        batches = table.iter_batches(DOCUMENTS_A_BLOCK, row_groups=[group], columns=[column])
+        batches = table.iter_batches(DOCUMENTS_PER_BLOCK, row_groups=[group], columns=[column])
         for number, batch in enumerate(itertools.islice(batches, skip, None), skip + 1):
             done = (group + number / n_blocks) / groups
             yield batch.column(0).to_pylist(), int(done * file.size), False
@@ -196,7 +198,7 @@ def _grouped(items: Iterable[Text]) -> Iterator[list[Text]]:
     for item in items:
         group.append(item)
         size += len(item)
-        if len(group) == DOCUMENTS_A_BLOCK or size >= CHARACTERS_A_BLOCK:
+        if len(group) == DOCUMENTS_PER_BLOCK or size >= CHARACTERS_PER_BLOCK:
             yield group
             group, size = [], 0
     if group:
@@ -207,9 +209,9 @@ def _grouped(items: Iterable[Text]) -> Iterator[list[Text]]:
 
 
 def local(patterns: list[str], text_column: str, separator: str = "") -> Files:
-    """The files that the names and globs stand for, those of one glob in order of name.
+    """The files that names and globs match, those of one glob sorted by name.
 
-    Raises UserError where one stands for no file, or for one of a kind that cannot be read.
+    Raises UserError if one matches no file, or a file of a kind that cannot be read.
     """
     paths = []
     for pattern in patterns:
@@ -229,17 +231,17 @@ def local(patterns: list[str], text_column: str, separator: str = "") -> Files:
 
 
 def on_hub(repo_id: str, subset: str, revision: str, text_column: str) -> Files:
-    """The parquet files of a data set on the Hub, streamed: ranges of bytes are fetched as they are needed.
+    """The parquet files of a data set on the Hub, streamed: ranges of bytes are fetched as needed.
 
-    subset: a configuration that the data set's card names, or a folder; "" for all files.
-    Raises UserError where the data set, the revision or the subset is not there.
+    subset: a configuration from the data set's card, or a folder; "" for all files.
+    Raises UserError if the data set, the revision or the subset does not exist.
     """
     from huggingface_hub import HfApi, HfFileSystem
 
     what = f"--repo-id {repo_id} --revision {revision}"
-    offline = "with no network use --source builtin, or --files for text on this machine"
-    with hub.explained(what, offline):
-        info = hub.patiently(lambda: HfApi().dataset_info(repo_id, revision=revision, files_metadata=True))
+    offline = "without a network use --source builtin, or --files for local text"
+    with hub.user_errors(what, offline):
+        info = hub.with_retries(lambda: HfApi().dataset_info(repo_id, revision=revision, files_metadata=True))
     sizes = {file.rfilename: file.size for file in info.siblings if file.rfilename.endswith(".parquet")}
     patterns = _patterns_of(info.card_data, subset)
     names = [name for name in sorted(sizes) if any(fnmatch.fnmatch(name, p) for p in patterns)]
@@ -247,7 +249,7 @@ def on_hub(repo_id: str, subset: str, revision: str, text_column: str) -> Files:
         raise UserError(f"--repo-id {repo_id} --subset {subset}: no parquet files: check the data set's page")
     file_system = HfFileSystem()
 
-    # The commit, not the name of a branch: what is read must not change under way.
+    # The commit, not the name of a branch: the files must not change while they are read.
     paths = {name: f"datasets/{repo_id}@{info.sha}/{name}" for name in names}
     files = [File(n, sizes[n], functools.partial(file_system.open, paths[n], "rb")) for n in names]
     description = {"kind": "hub", "repo_id": repo_id, "subset": subset, "revision": info.sha}
@@ -255,7 +257,7 @@ def on_hub(repo_id: str, subset: str, revision: str, text_column: str) -> Files:
 
 
 def _patterns_of(card: dict | None, subset: str) -> list[str]:
-    """Globs of the training files of a subset: as the card's configs say, else everything in that folder."""
+    """Globs of a subset's training files: from the card's configs, else everything in that folder."""
     for config in (card.get("configs") if card else None) or []:
         if config.get("config_name") == subset:
             files = config.get("data_files") or []

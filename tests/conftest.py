@@ -4,6 +4,7 @@ import dataclasses
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from hypothesis import HealthCheck, settings
 
 import train_gpt2
 from settings import PRESETS
+from support import tokenizer
+
+if TYPE_CHECKING:
+    import transformers
 
 # Machines are shared: no deadlines. One temporary folder for all examples of a test is meant.
 settings.register_profile(
@@ -45,6 +50,16 @@ def train(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Path]]:
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> "transformers.PreTrainedTokenizerBase":
+    """The tokenizer that transformers loads from the files beside a checkpoint."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder, model_max_length=1024)
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,9 @@ import torch
 from helpers import ROOT, T, run_script
 
 import bench
-import planning
-import runtime
-from cli import UserError
 from model import GPT, GPTConfig
+from support import hardware, planning
+from support.cli import UserError
 
 TOY = ["--preset", "demo", "--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--sequence-length", "16"]
 TOY += ["--device", "cpu", "--dtype", "float32"]
@@ -30,7 +29,7 @@ def test_a_measurement_adds_up(data_dir: Path) -> None:
         result = bench.measure(s)
         assert sum(result["parts_ms"].values()) == pytest.approx(result["step_ms"])
         assert result["tokens_per_sec"] == pytest.approx(2 * 2 * T / result["step_ms"] * 1000)
-        flops = GPT(GPTConfig(128, 50257, 1, 1, 8)).flops_per_token(T)
+        flops = GPTConfig(128, 50257, 1, 1, 8).flops_per_token(T)
         assert result["flops_per_token"] == flops
         expected = flops * result["tokens_per_sec"] / (result["peak_tflops"] * 1e12)
         assert result["mfu"] == pytest.approx(expected)
@@ -71,13 +70,14 @@ def test_settings_to_compare_that_are_none(text: str) -> None:
     [((12, 12, 768), 124_439_808), ((24, 16, 1024), 354_823_168), ((48, 25, 1600), 1_557_611_200)],
 )
 def test_parameters_of_the_family(sizes: tuple[int, int, int], parameters: int) -> None:
-    assert planning.n_parameters(GPTConfig(1024, 50257, *sizes)) == parameters
+    assert GPTConfig(1024, 50257, *sizes).n_parameters == parameters
 
 
 def test_plan_agrees_with_the_model_and_with_arithmetic() -> None:
     config = GPTConfig()
     with torch.device("meta"):
-        assert planning.flops_per_token(config, 1024) == GPT(config).flops_per_token(1024)
+        assert sum(p.numel() for p in GPT(config).parameters()) == config.n_parameters == 124_439_808
+    assert config.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
     plan = planning.plan("8xA100-80GB", config, 1024, 524_288, 19_073, mfu=0.5, price=2.0)
     # 10.0B tokens at 855 MFLOP each, on eight GPUs that do 156 TFLOP/s.
     hours = 19_073 * 524_288 * 855.166464e6 / (8 * 156e12) / 3600
@@ -104,11 +104,11 @@ def test_peaks_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA H100 PCIe", 756), ("NVIDIA L4", 121),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert runtime.peak_flops(torch.device("cuda"), torch.bfloat16) == tflops * 1e12
+        assert hardware.peak_flops(torch.device("cuda"), torch.bfloat16) == tflops * 1e12
 
 
 def test_optimizers_are_compared_to_the_recipes_last_loss(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("optimizers", ROOT / "experiments" / "optimizers.py")
+    spec = importlib.util.spec_from_file_location("optimizers", ROOT / "benchmarks" / "optimizers.py")
     optimizers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(optimizers)
     curve = {"tokens": np.array([0, 100, 200]), "loss": np.array([10.0, 6.0, 4.0])}

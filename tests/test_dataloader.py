@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import ROOT, T, environment
 
-import dataloader
-from cli import UserError
-from dataloader import TokenStream, find_shards, permute, train_batches, val_batches
+from dataloader import TokenStream, permute, train_batches, val_batches
+from pre_tokens import shards
+from pre_tokens.shards import find_shards
+from support.cli import UserError
 
 CPU = torch.device("cpu")
 
@@ -152,9 +153,10 @@ MEASURE_MEMORY = """
 import re, sys, torch, numpy as np
 from pathlib import Path
 import dataloader
+from pre_tokens import shards
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-stream = dataloader.TokenStream(dataloader.find_shards(Path(sys.argv[1]))["train"], 1024, 1, True)
+stream = dataloader.TokenStream(shards.find_shards(Path(sys.argv[1]))["train"], 1024, 1, True)
 before = resident()
 most = 0
 for number, (x, y) in enumerate(dataloader.train_batches(stream, 0, 32, 8, 0, 1, torch.device("cpu"))):
@@ -178,16 +180,16 @@ def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
 
 def test_an_id_beyond_gpt2s_is_found_wherever_it_is(tmp_path: Path) -> None:
     """At both ends when the shard is opened, in between when the batch is read."""
-    tokens = np.zeros(3 * dataloader.SPOT_CHECK_TOKENS, np.uint16)
+    tokens = np.zeros(3 * shards.SPOT_CHECK_TOKENS, np.uint16)
     for place in (5, len(tokens) - 5):
         bad = tokens.copy()
         bad[place] = 50257
         np.save(tmp_path / "x_train_000001.npy", bad)
         with pytest.raises(UserError, match="50257"):
-            dataloader.open_shard(tmp_path / "x_train_000001.npy")
+            shards.open_shard(tmp_path / "x_train_000001.npy")
     tokens[len(tokens) // 2] = 60000
     np.save(tmp_path / "x_train_000001.npy", tokens)
-    stream = TokenStream([dataloader.open_shard(tmp_path / "x_train_000001.npy")], 1024)
+    stream = TokenStream([shards.open_shard(tmp_path / "x_train_000001.npy")], 1024)
     stream.read(np.arange(10))
     with pytest.raises(UserError, match="60000"):
         stream.read(np.array([len(tokens) // 2 // 1024]))
@@ -199,6 +201,6 @@ def test_an_error_in_the_background_reaches_the_loop(data_dir: Path) -> None:
     next(batches)
     for path in data_dir.glob("*_train_*"):
         path.unlink()
-    with pytest.raises(UserError, match="gone or cut short"):
+    with pytest.raises(UserError, match="deleted or cut short"):
         for _ in range(3):
             next(batches)

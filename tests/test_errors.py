@@ -15,14 +15,14 @@ import torch
 from helpers import TINY, T, as_flags, run_script, write_shard
 
 import bench
-import cli
 import generate
 import hellaswag
 import plot_loss
 import train_gpt2
 import upload_hf
 from pre_tokens import handle_tokens
-from pre_tokens.shards import sha256_of
+from support import cli
+from support.files import sha256_of
 
 
 def fails(
@@ -55,16 +55,16 @@ def alter(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 SHARD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (alter(lambda whole: whole[:-100]), "bytes where its header says"),
-    "longer than it says": (alter(lambda whole: whole + b"12"), "bytes where its header says"),
-    "cut in its header": (alter(lambda whole: whole[:40]), "not a npy file"),
-    "not npy": (alter(lambda whole: b"PK\x03\x04 something else"), "not a npy file"),
-    "no bytes": (alter(lambda whole: b""), "not a npy file"),
-    "int64": (put(np.zeros(500, np.int64)), "holds int64"),
-    "big-endian": (put(np.zeros(500, ">u2")), "holds >u2"),
+    "truncated": (alter(lambda whole: whole[:-100]), "bytes, but its header says"),
+    "longer than it says": (alter(lambda whole: whole + b"12"), "bytes, but its header says"),
+    "cut in its header": (alter(lambda whole: whole[:40]), "not an npy file"),
+    "not npy": (alter(lambda whole: b"PK\x03\x04 something else"), "not an npy file"),
+    "no bytes": (alter(lambda whole: b""), "not an npy file"),
+    "int64": (put(np.zeros(500, np.int64)), "contains int64"),
+    "big-endian": (put(np.zeros(500, ">u2")), "contains >u2"),
     "two-dimensional": (put(np.zeros((20, 20), np.uint16)), "2 dimensions"),
     "empty": (put(np.zeros(0, np.uint16)), "is empty"),
-    "id 50257": (put(np.full(500, 50257, np.uint16)), "holds id 50257"),
+    "id 50257": (put(np.full(500, 50257, np.uint16)), "contains token id 50257"),
     "too short": (put(np.zeros(T, np.uint16)), "too short for one sequence"),
     "a folder": (lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), "cannot be read"),
     "no val": (lambda d: (d / "tiny_val_000000.npy").unlink(), "NAME_val_"),
@@ -142,7 +142,7 @@ BAD_BENCHES: dict[str, tuple[list[str], str]] = {
     "no network": (["--plan", "8xA100-80GB", "--network", "0"], "--network 0"),
     "an odd number of GPUs": (["--plan", "3xA100-80GB"], "do not divide among 3 GPUs"),
     "two sizes of a GPU": (["--plan", "8xA100"], "did you mean 8xA100-40GB or 8xA100-80GB?"),
-    "no GPU": (["--plan", "8xAbacus"], "GPUs known: A100-40GB, "),
+    "no GPU": (["--plan", "8xAbacus"], "known GPUs: A100-40GB, "),
     "heads that do not divide": (["--preset", "demo", "--n-head", "3"], "--n-head 3"),
     "nothing that runs": (["--preset", "demo", "--sweep", "--n-head", "3"], "--n-head 3"),
 }  # fmt: skip

@@ -14,9 +14,9 @@ import torch
 from helpers import command, environment, run_script
 
 import generate
-import tokenizer
-from cli import UserError
 from model import GPT, GPTConfig
+from support import tokenizer
+from support.cli import UserError
 
 PROMPT = "Hello, I'm a language model,"
 
@@ -127,7 +127,7 @@ def test_which_model_is_meant(train: Callable[..., Path], tmp_path: Path) -> Non
 
     assert "log: no run there yet" in first_line()
     run = train("log/demo", checkpoint_interval=2, max_steps=4)
-    assert "log: holds no run itself (runs there: log/demo)" in first_line()
+    assert "log: not a run (runs there: log/demo)" in first_line()
     weights = run / "checkpoints" / "step_000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     lines = first_line("--model", "log/demo", status=0).splitlines()

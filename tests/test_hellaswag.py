@@ -15,12 +15,11 @@ import transformers
 from helpers import TINY, T, as_flags, history, run_script
 
 import hellaswag
-import metrics
-import tokenizer
-from cli import UserError
 from hellaswag import Example
 from model import GPT, GPTConfig
-from runtime import Runtime
+from support import metrics, tokenizer
+from support.cli import UserError
+from support.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 WORDS = ["a man", "is", "on the roof", "with", "ripping tiles", "naïve 🙂", "dog's", "3,000", "then", "  two"]
@@ -168,12 +167,12 @@ def test_batches_hold_each_example_once(data: Path) -> None:
 
 def test_a_long_context_is_cut_on_the_left(folder: Path) -> None:
     short, long = (Example(list(range(n)), [[5], [6, 7], [8], [9]], [1, 2, 1, 1], 0) for n in (9, 300))
-    fitting = hellaswag.fit([short, long], 128)
+    fitting = hellaswag.truncate_contexts([short, long], 128)
     assert fitting[0] == short
     assert fitting[1].context == list(range(173, 300))  # 127 and the first token of the longest ending
     hellaswag.evaluate(GPT.from_pretrained(folder), [short, long], CPU)
     with pytest.raises(UserError, match="longer than the model's 1 positions"):
-        hellaswag.fit([short], 1)
+        hellaswag.truncate_contexts([short], 1)
 
 
 def test_nothing_is_compiled_anew(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +241,7 @@ def test_without_a_network_a_run_says_so_at_its_start_and_goes_on(
 ) -> None:
     monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/val.jsonl")
     run = train(hellaswag_interval=2)
-    assert "warning: the run goes without HellaSwag: http://127.0.0.1:9" in capsys.readouterr().out
+    assert "warning: continuing without HellaSwag: http://127.0.0.1:9" in capsys.readouterr().out
     assert {record["kind"] for record in metrics.read(run / "metrics.jsonl")} == {"train", "val", "event"}
     with pytest.raises(UserError, match="cannot be read"):
         train("other", hellaswag_interval=2, hellaswag_data="missing.jsonl")

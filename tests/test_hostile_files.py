@@ -15,12 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dataloader
-import metrics
 import plot_loss
 import upload_hf
-from cli import UserError
 from model import GPT, GPTConfig
+from pre_tokens import shards
+from support import metrics
+from support.cli import UserError
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -72,7 +72,7 @@ def test_shards(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x_train_000001.npy"
     path.write_bytes(content)
     try:
-        shard = dataloader.open_shard(path)
+        shard = shards.open_shard(path)
     except UserError as error:
         assert "\n" not in str(error)
         return
@@ -97,7 +97,7 @@ def load_model(folder: Path, config: bytes, weights: bytes) -> None:
         assert "\n" not in str(error)
         return
     # No more than what the file holds; a byte there may be a number of four bytes here.
-    assert 4 * model.num_parameters() <= 4 * len(weights)
+    assert 4 * model.config.n_parameters <= 4 * len(weights)
     model(torch.zeros(1, 1, dtype=torch.int64))
 
 
@@ -205,7 +205,7 @@ def test_sizes_that_lie_take_no_memory(whole_model: dict[str, bytes], tmp_path: 
             load_model(tmp_path, whole_model["config.json"], weights)
         huge = npy(HEADER.replace("300", str(2**45)), TOKENS)
         (tmp_path / "x_train_000001.npy").write_bytes(huge)
-        with pytest.raises(UserError, match="bytes where its header says"):
-            dataloader.open_shard(tmp_path / "x_train_000001.npy")
+        with pytest.raises(UserError, match="bytes, but its header says"):
+            shards.open_shard(tmp_path / "x_train_000001.npy")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)

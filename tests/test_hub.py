@@ -14,10 +14,10 @@ from helpers import ROOT, TINY, as_flags, command
 from huggingface_hub import constants
 from loopback_hub import TOKEN, LoopbackHub
 
-import dataloader
-import hub as hub_module
-from cli import UserError
-from pre_tokens import shards, sources, transfer_tokens_hf
+from pre_tokens import build_shards, fetch_tokens_hf, sources, transfer_tokens_hf
+from support import hub as hub_module
+from support.cli import UserError
+from support.files import sha256_of
 
 REPO = "ann/words"
 TRANSFER = "pre_tokens/transfer_tokens_hf.py"
@@ -38,7 +38,8 @@ def folder(tmp_path: Path) -> Path:
     """Five shards of random words, with their manifest."""
     words = np.random.default_rng(0).choice(["tell", " me", " a", " story", "\n", " 12"], 60_000)
     (tmp_path / "words.txt").write_text("".join(words))
-    shards.build(sources.local([str(tmp_path / "words.txt")], "text"), tmp_path / "words", "words", 12_500)
+    source = sources.local([str(tmp_path / "words.txt")], "text")
+    build_shards.build(source, tmp_path / "words", "words", 12_500)
     assert len(list((tmp_path / "words").glob("*.npy"))) == 5
     return tmp_path / "words"
 
@@ -97,13 +98,13 @@ def test_only_what_is_needed_then_the_rest(
 ) -> None:
     publish(hub, folder, manifest)
     back = tmp_path / "back"
-    dataloader.fetch(REPO, back, num_shards=2)
+    fetch_tokens_hf.fetch(REPO, back, num_shards=2)
     names = ["words_train_000001.npy", "words_val_000000.npy"]
     assert sorted(path.name for path in back.glob("*.npy")) == names
     before = len(hub.requests)
-    dataloader.fetch(REPO, back, num_shards=2)
+    fetch_tokens_hf.fetch(REPO, back, num_shards=2)
     assert len(hub.requests) == before  # whole: the Hub is not asked
-    dataloader.fetch(REPO, back)  # half: completed
+    fetch_tokens_hf.fetch(REPO, back)  # half: completed
     assert {k: v for k, v in contents(back).items() if k.endswith(".npy")} == {
         k: v for k, v in contents(folder).items() if k.endswith(".npy")
     }
@@ -119,7 +120,7 @@ def test_half_a_folder_without_a_manifest_is_completed(
     back.mkdir()
     for name in ("words_val_000000.npy", "words_train_000002.npy"):
         (back / name).write_bytes((folder / name).read_bytes())
-    dataloader.fetch(REPO, back)
+    fetch_tokens_hf.fetch(REPO, back)
     assert len(list(back.glob("*.npy"))) == 5
     assert hub.downloads("words_val_000000.npy") == []
 
@@ -129,10 +130,10 @@ def test_shards_of_ones_own_are_left_alone(
 ) -> None:
     publish(hub, folder)
     before = contents(data_dir)
-    dataloader.fetch(REPO, data_dir)
+    fetch_tokens_hf.fetch(REPO, data_dir)
     hub.fail("/api/", status=503, times=99)
-    dataloader.fetch(REPO, data_dir)
-    assert "is taken as it is" in capsys.readouterr().out
+    fetch_tokens_hf.fetch(REPO, data_dir)
+    assert "without knowing whether it is complete" in capsys.readouterr().out
     assert contents(data_dir) == before
 
 
@@ -142,7 +143,7 @@ def test_shards_of_ones_own_are_left_alone(
 def test_a_broken_connection_goes_on_where_it_broke(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
     publish(hub, folder)
     hub.fail("/cdn/", break_after=10_500, times=3)
-    dataloader.fetch(REPO, tmp_path / "back", num_shards=2)
+    fetch_tokens_hf.fetch(REPO, tmp_path / "back", num_shards=2)
     ranges = hub.downloads("words_val_000000.npy") + hub.downloads("words_train_000001.npy")
     assert any(r == "bytes=10000-" for r in ranges), ranges
     assert contents(tmp_path / "back").items() <= contents(folder).items()
@@ -155,9 +156,9 @@ def test_the_part_that_a_kill_leaves_is_not_fetched_again(
     name, back = "words_val_000000.npy", tmp_path / "back"
     data = (folder / name).read_bytes()
     back.mkdir()
-    (back / f".{name}.{shards.sha256_of(folder / name)[:12]}.part").write_bytes(data[:12_345])
+    (back / f".{name}.{sha256_of(folder / name)[:12]}.part").write_bytes(data[:12_345])
     (back / f".{name}.{'0' * 12}.part").write_bytes(b"of another version")
-    dataloader.fetch(REPO, back)
+    fetch_tokens_hf.fetch(REPO, back)
     assert hub.downloads(name) == ["bytes=12345-"]
     assert contents(back) == contents(folder)
 
@@ -170,9 +171,7 @@ def test_a_fetch_killed_at_random_moments_ends_with_the_same_bytes(
     np.save(folder / "words_train_000005.npy", big)
     manifest = json.loads((folder / "manifest.json").read_text())
     path = folder / "words_train_000005.npy"
-    manifest["shards"].append(
-        {"file": path.name, "bytes": path.stat().st_size, "sha256": shards.sha256_of(path)}
-    )
+    manifest["shards"].append({"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     publish(hub, folder)
     hub.bytes_per_second = 12e6
@@ -196,17 +195,17 @@ def test_a_fetch_killed_at_random_moments_ends_with_the_same_bytes(
 def test_wrong_bytes_never_get_a_name(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
     publish(hub, folder)
     hub.fail("/cdn/", wrong_bytes=True, times=1)
-    with pytest.raises(UserError, match=r"words_\w+.npy: arrived with another sha256"):
-        dataloader.fetch(REPO, tmp_path / "back")
-    dataloader.fetch(REPO, tmp_path / "back")
+    with pytest.raises(UserError, match=r"words_\w+.npy: arrived with another SHA-256"):
+        fetch_tokens_hf.fetch(REPO, tmp_path / "back")
+    fetch_tokens_hf.fetch(REPO, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(folder)
 
 
 def test_a_manifest_that_the_files_do_not_match(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
     publish(hub, folder)
     hub.put(REPO, {"words_train_000002.npy": b"other"}, "dataset")
-    with pytest.raises(UserError, match=r"words_train_000002.npy is not the one that manifest.json names"):
-        dataloader.fetch(REPO, tmp_path / "back")
+    with pytest.raises(UserError, match=r"words_train_000002.npy is not the one that manifest.json lists"):
+        fetch_tokens_hf.fetch(REPO, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
@@ -219,17 +218,17 @@ def test_no_name_leads_out_of_the_folder(tmp_path: Path, hub: LoopbackHub, folde
     manifest["shards"][1]["file"] = file
     hub.put(REPO, {"manifest.json": json.dumps(manifest).encode()}, "dataset")
     with pytest.raises(UserError, match="not a manifest of shards"):
-        dataloader.fetch(REPO, tmp_path / "back")
+        fetch_tokens_hf.fetch(REPO, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize(
     ("status", "times", "message"),
     [
-        (401, 99, "HTTP 401: not on the Hub, or not open to this login: check the name, or set HF_TOKEN"),
+        (401, 99, "HTTP 401: not on the Hub, or not visible to this login: check the name, or set HF_TOKEN"),
         (404, 99, "HTTP 404: not on the Hub"),
-        (429, 99, "HTTP 429: the Hub asks for fewer requests"),
-        (503, 99, "HTTP 503: the Hub is in trouble"),
+        (429, 99, "HTTP 429: too many requests"),
+        (503, 99, "HTTP 503: the Hub is having problems"),
         (429, 2, ""),
         (503, 2, ""),
     ],
@@ -244,11 +243,11 @@ def test_what_the_hub_refuses(
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     hub.fail(path, status=status, times=times)
     if not message:
-        dataloader.fetch(REPO, tmp_path / "back")
+        fetch_tokens_hf.fetch(REPO, tmp_path / "back")
         assert contents(tmp_path / "back") == contents(folder)
         return
     with pytest.raises(UserError, match=message):
-        dataloader.fetch(REPO, tmp_path / "back")
+        fetch_tokens_hf.fetch(REPO, tmp_path / "back")
     assert not list(tmp_path.glob("back/*.npy"))
 
 
@@ -272,9 +271,9 @@ def test_a_half_built_folder_is_no_data_set(tmp_path: Path, folder: Path) -> Non
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["next"] = {"file": 0, "block": 1, "token": 0, "skipped": 0}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="half built"):
-        dataloader.fetch(REPO, folder)
-    with pytest.raises(UserError, match="half built"):
+    with pytest.raises(UserError, match="incomplete"):
+        fetch_tokens_hf.fetch(REPO, folder)
+    with pytest.raises(UserError, match="incomplete"):
         upload(folder)
 
 
@@ -325,7 +324,7 @@ def test_an_interrupted_upload_goes_on(
     hub: LoopbackHub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards first, the manifest last: a data set with a manifest is whole."""
-    monkeypatch.setattr(transfer_tokens_hf, "SHARDS_A_COMMIT", 2)
+    monkeypatch.setattr(transfer_tokens_hf, "SHARDS_PER_COMMIT", 2)
     hub.fail("/lfs/", status=400, times=1)
     hub.fail("/commit/", status=403, times=1)
     for _ in range(2):
@@ -344,7 +343,7 @@ def test_login_and_rights(tmp_path: Path, hub: LoopbackHub, folder: Path) -> Non
     for repo_id, token, message in (
         (REPO, "", "no token: set HF_TOKEN"),
         (REPO, "hf_" + "x" * 30, "HTTP 401"),
-        ("bob/words", TOKEN, "HTTP 403: this token has no right to it"),
+        ("bob/words", TOKEN, "HTTP 403: this token may not write there"),
         ("no/such/name", TOKEN, "--repo-id no/such/name"),
     ):
         done = script(hub, tmp_path, TRANSFER, *flags, repo_id, HF_TOKEN=token)
@@ -359,7 +358,7 @@ def test_a_damaged_shard_is_not_sent(hub: LoopbackHub, folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"words_train_000003.npy: not as manifest.json has it"):
+    with pytest.raises(UserError, match=r"words_train_000003.npy: differs from manifest.json"):
         upload(folder)
     assert not hub.repos
 

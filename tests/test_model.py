@@ -8,9 +8,10 @@ import safetensors.torch
 import torch
 import transformers
 
-import model as model_module
-from cli import UserError
-from model import GPT, ChunkedCrossEntropy, GPTConfig
+from model import GPT, GPTConfig
+from support import pretrained, sampling
+from support.cli import UserError
+from support.loss import ChunkedCrossEntropy
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 
@@ -46,9 +47,10 @@ def test_124m_parameters_under_the_names_of_huggingface() -> None:
         ours = GPT(GPTConfig())
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
         padded = GPT(GPTConfig(padded_vocab_size=50304))
-    assert ours.num_parameters() == padded.num_parameters() == 124_439_808
+    assert ours.config.n_parameters == padded.config.n_parameters == 124_439_808
+    assert sum(p.numel() for p in ours.parameters()) == 124_439_808
     assert set(ours.state_dict()) == set(theirs.state_dict())
-    assert round(ours.flops_per_token(1024) / 1e6) == 855
+    assert round(ours.config.flops_per_token(1024) / 1e6) == 855
 
 
 def test_logits_loss_and_gradients_equal_transformers(
@@ -70,7 +72,7 @@ def test_logits_loss_and_gradients_equal_transformers(
     expected_loss.backward()
     theirs = dict(reference.named_parameters())
     for name, parameter in ours.named_parameters():
-        gradient = theirs[name].grad.t() if name.endswith(model_module.CONV1D_WEIGHTS) else theirs[name].grad
+        gradient = theirs[name].grad.t() if name.endswith(pretrained.CONV1D_WEIGHTS) else theirs[name].grad
         assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
@@ -267,6 +269,6 @@ def test_samples_have_the_distribution_of_transformers_warpers(
     expected = warped.softmax(-1)[0].double()
     # Evenly spread draws measure the distribution without chance.
     draws = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    ids = model_module.sample(logits.expand(20_000, -1), draws, 0.7, top_k, top_p)
+    ids = sampling.sample(logits.expand(20_000, -1), draws, 0.7, top_k, top_p)
     measured = torch.bincount(ids, minlength=50) / 20_000
     torch.testing.assert_close(measured.double(), expected, atol=2e-4, rtol=0)

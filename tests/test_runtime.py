@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import runtime
-from cli import UserError
 from model import GPT, GPTConfig
+from support import hardware, runtime
+from support.cli import UserError
 
 CPU = torch.device("cpu")
 
@@ -51,27 +51,27 @@ def test_devices_that_are_not_there(device: str) -> None:
 
 def test_largest_power_of_two() -> None:
     tried = []
-    assert runtime.largest_power_of_two(lambda B: tried.append(B) or B <= 9, 100) == 8
+    assert hardware.largest_power_of_two(lambda B: tried.append(B) or B <= 9, 100) == 8
     assert tried == [64, 32, 16, 8]
-    assert runtime.largest_power_of_two(lambda B: False, 4) == 0
+    assert hardware.largest_power_of_two(lambda B: False, 4) == 0
 
 
 def test_micro_batch_divides_the_share_of_a_process() -> None:
     model = GPT(GPTConfig(64, 50257, 1, 1, 4))
     here = runtime.Runtime(CPU, torch.float32)
-    assert runtime.largest_micro_batch(model, 64, 24, here) == 8
-    assert runtime.largest_micro_batch(model, 64, 7, here) == 1
-    assert runtime.largest_micro_batch(model, 64, 1024, here) == 32
+    assert hardware.largest_micro_batch(model, 64, 24, here) == 8
+    assert hardware.largest_micro_batch(model, 64, 7, here) == 1
+    assert hardware.largest_micro_batch(model, 64, 1024, here) == 32
 
 
 def test_measured_peak_is_a_rate_of_this_machine() -> None:
-    assert 1e9 < runtime.peak_flops(CPU, torch.float32) < 1e14
+    assert 1e9 < hardware.peak_flops(CPU, torch.float32) < 1e14
 
 
 def test_attention_on_a_cpu_is_flash() -> None:
     """The choice that torch reports, against the kernel that it really runs."""
     here = runtime.Runtime(CPU, torch.float32)
-    assert runtime.attention_backend(here, 2, 8, 16) == "flash"
+    assert hardware.attention_backend(here, 2, 8, 16) == "flash"
     q = torch.randn(1, 2, 16, 8, requires_grad=True)
     with torch.profiler.profile() as profile:
         torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)

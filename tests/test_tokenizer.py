@@ -8,15 +8,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
-from cli import UserError
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(folder, model_max_length=1024)
-    return transformers.AutoTokenizer.from_pretrained(folder)
+from support import tokenizer
+from support.cli import UserError
 
 
 def test_known_ids() -> None:

@@ -19,11 +19,11 @@ from helpers import ROOT, command, environment, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback_hub import LoopbackHub
-from test_tokenizer import exported  # noqa: F401 - a fixture
 
-import tokenizer
-from cli import UserError
-from pre_tokens import handle_tokens, shards, sources
+from pre_tokens import build_shards, handle_tokens, shards, sources
+from support import tokenizer
+from support.cli import UserError
+from support.files import sha256_of
 
 SCRIPT = "pre_tokens/handle_tokens.py"
 # tiktoken's own spelling of the rule, from tiktoken_ext/openai_public.py (r50k).
@@ -63,7 +63,7 @@ def tokens_of(folder: Path) -> np.ndarray:
     assert all(len(part) == manifest["shard_size"] for part in parts[:-1])
     for shard, part in zip(manifest["shards"], parts, strict=True):
         assert (shard["tokens"], shard["documents"]) == (len(part), np.count_nonzero(part == 50256))
-        assert shard["sha256"] == shards.sha256_of(folder / shard["file"])
+        assert shard["sha256"] == sha256_of(folder / shard["file"])
     whole = np.concatenate(parts)
     assert (manifest["tokens"], manifest["documents"]) == (len(whole), np.count_nonzero(whole == 50256))
     return whole
@@ -89,7 +89,7 @@ def write_jsonl(path: Path, documents: list[object]) -> Path:
 
 def build(out_dir: Path, *files: Path, shard_size: int = 1000, workers: int = 2, separator: str = "") -> dict:
     source = sources.local([str(file) for file in files], "text", separator)
-    return shards.build(source, out_dir, "x", shard_size, workers)
+    return build_shards.build(source, out_dir, "x", shard_size, workers)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def corpus(tmp_path: Path) -> Path:
 @settings(max_examples=300, deadline=None)
 @given(text=texts)
 def test_the_rule_splits_as_tiktokens_own_spelling(published: tiktoken.Encoding, text: str) -> None:
-    ids, _ = shards.encode([text, "end"])
+    ids, _ = build_shards.encode([text, "end"])
     expected = [50256, *published.encode_ordinary(text)] if text else []
     assert ids.tolist() == [*expected, 50256, 437]
 
@@ -126,12 +126,12 @@ def published() -> tiktoken.Encoding:
 @settings(max_examples=150, deadline=None)
 @given(documents=st.lists(texts.filter(lambda text: "<|endoftext|>" not in text), max_size=5))
 def test_ids_equal_those_of_transformers(
-    exported: transformers.PreTrainedTokenizerBase,  # noqa: F811
+    exported: transformers.PreTrainedTokenizerBase,
     documents: list[str],
 ) -> None:
     documents = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in documents]
     expected = [id for text in documents if text for id in [50256, *exported(text)["input_ids"]]]
-    ids, empty = shards.encode(documents)
+    ids, empty = build_shards.encode(documents)
     assert ids.dtype == np.uint16
     assert ids.tolist() == expected
     assert empty == documents.count("")
@@ -182,8 +182,8 @@ def test_a_long_text_file_is_cut_without_a_trace(tmp_path: Path, text: str) -> N
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, corpus: Path) -> None:
     code = (
         "import sys, resource; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; from pre_tokens import shards, sources\n"
-        "shards.build(sources.local(sys.argv[3:], 'text'), Path(sys.argv[2]), 'x', 1_000_000, 2)\n"
+        "from pathlib import Path; from pre_tokens import build_shards, sources\n"
+        "build_shards.build(sources.local(sys.argv[3:], 'text'), Path(sys.argv[2]), 'x', 1_000_000, 2)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
     peaks = []
@@ -308,7 +308,7 @@ def test_a_data_set_is_streamed_from_the_hub(tmp_path: Path, monkeypatch: pytest
         repo = hub.put("ann/web", files, "dataset")
         source = sources.on_hub("ann/web", "sample-10BT", "main", "text")
         hub.put("ann/web", {"sample/10BT/000.parquet": parquet(["changed under way"])}, "dataset")
-        manifest = shards.build(source, tmp_path / "out", "web", 10_000, 2)
+        manifest = build_shards.build(source, tmp_path / "out", "web", 10_000, 2)
         assert documents_of(tmp_path / "out") == documents
         assert manifest["skipped"] == 2
         assert manifest["source"]["revision"] == repo.commits[1][0]
@@ -322,7 +322,7 @@ def test_a_folder_of_a_data_set_and_its_mistakes(tmp_path: Path, monkeypatch: py
         hub.patch(monkeypatch, tmp_path)
         hub.put("ann/web", {"a/1.parquet": parquet(["one"]), "b/2.parquet": parquet(["two"])}, "dataset")
         source = sources.on_hub("ann/web", "b", "main", "text")
-        shards.build(source, tmp_path / "out", "web", 10_000)
+        build_shards.build(source, tmp_path / "out", "web", 10_000)
         assert documents_of(tmp_path / "out") == ["two"]
         with pytest.raises(UserError, match="--subset c: no parquet files"):
             sources.on_hub("ann/web", "c", "main", "text")
@@ -331,8 +331,8 @@ def test_a_folder_of_a_data_set_and_its_mistakes(tmp_path: Path, monkeypatch: py
         with pytest.raises(UserError, match="--revision v9: HTTP 404"):
             sources.on_hub("ann/web", "", "v9", "text")
         body = sources.on_hub("ann/web", "", "main", "body")
-        with pytest.raises(UserError, match="has no column 'body' but text, url"):
-            shards.build(body, tmp_path / "out2", "web", 10_000)
+        with pytest.raises(UserError, match="has no column 'body', only text, url"):
+            build_shards.build(body, tmp_path / "out2", "web", 10_000)
 
 
 def test_fineweb_edu_is_pinned() -> None:
@@ -348,7 +348,7 @@ def test_fineweb_edu_is_pinned() -> None:
     ("name", "data", "flags", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', [], "a.jsonl: line 2 is not a JSON object"),
-        ("a.jsonl", b'{"text": 5}\n', [], "a.jsonl: line 1 holds int under 'text'"),
+        ("a.jsonl", b'{"text": 5}\n', [], "a.jsonl: line 1 has int under 'text'"),
         ("a.jsonl", b'{"body": "a"}\n', [], "no text in the source (1 empty documents)"),
         ("a.jsonl.gz", b"not gzip", [], "a.jsonl.gz: damaged"),
         ("a.txt", b"caf\xe9", [], "a.txt: not UTF-8"),
@@ -356,7 +356,7 @@ def test_fineweb_edu_is_pinned() -> None:
         ("a.parquet", b"PAR1 not", [], "a.parquet: damaged"),
         ("a.csv", b"a,b", [], "a.csv: not one of .txt, .jsonl"),
         ("a.txt", b"a", ["--shard-size", "-3"], "--shard-size -3: must be at least 1"),
-        ("a.txt", b"a", ["--name", "../up"], "--name ../up: cannot begin a file name"),
+        ("a.txt", b"a", ["--name", "../up"], "--name ../up: not usable in a file name"),
         ("a.txt", b"a", ["--repo-id", "ann/web"], "--files --repo-id: two sources"),
     ],
 )
@@ -375,13 +375,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
     build(tmp_path / "out", tmp_path / "a.txt")
-    with pytest.raises(UserError, match=r"out: holds shards with another files"):
+    with pytest.raises(UserError, match=r"out: its shards differ in files"):
         build(tmp_path / "out", tmp_path / "b.txt")
-    with pytest.raises(UserError, match=r"another shard_size \(1000, now 50\)"):
+    with pytest.raises(UserError, match=r"differ in shard_size \(1000, now 50\)"):
         build(tmp_path / "out", tmp_path / "a.txt", shard_size=50)
     (tmp_path / "mine").mkdir()
     np.save(tmp_path / "mine" / "my_train_000001.npy", np.zeros(3, np.uint16))
-    with pytest.raises(UserError, match="holds shards from elsewhere"):
+    with pytest.raises(UserError, match="contains shards from elsewhere"):
         build(tmp_path / "mine", tmp_path / "a.txt")
 
 

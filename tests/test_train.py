@@ -18,14 +18,14 @@ import torch
 import transformers
 from helpers import ROOT, TINY, T, as_flags, command, environment, history, run_script
 
-import metrics
-import runtime
 import train_gpt2
-from cli import UserError
-from dataloader import TokenStream, find_shards
+from dataloader import TokenStream
 from model import GPT, GPTConfig
 from optim import build_optimizers, learning_rate_factor
+from pre_tokens.shards import find_shards
 from settings import PRESETS, settings_from_config
+from support import files, metrics
+from support.cli import UserError
 
 Train = Callable[..., Path]
 
@@ -74,7 +74,7 @@ def test_what_a_run_leaves(train: Train) -> None:
     assert summary["last_val_loss"] == val[-1]
     assert summary["best_val_loss"] == min(val) < val[0]
     assert summary["tokens"] == 6 * 8 * T
-    assert summary["parameters"] == GPT(GPTConfig(T, 50257, 2, 2, 16)).num_parameters()
+    assert summary["parameters"] == GPTConfig(T, 50257, 2, 2, 16).n_parameters
     assert set(summary["seconds"]) == {"data", "training", "evaluation", "checkpoints"}
     samples = (run / "samples.txt").read_text()
     for prompt in ("Hello, I'm a language model,", "Hello, I'm a computer science student,"):
@@ -239,7 +239,7 @@ def test_a_loss_spike_is_six_deviations_above_the_last_hundred() -> None:
 
 def test_two_runs_do_not_share_a_folder(train: Train, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with runtime.lock_folder(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+    with files.lock_folder(tmp_path / "run"), pytest.raises(UserError, match="another process"):
         train()
     train()
 
@@ -321,7 +321,7 @@ def test_ctrl_c_is_answered_during_a_long_step(undisturbed: tuple[Path, list], t
     """The step ends seconds later; the demo says how to continue, as the same command would start over."""
     data_dir, _ = undisturbed
     settings = {**QUICK, "data_dir": data_dir, "out_dir": tmp_path, "overwrite": True}
-    long = {"total_batch_size": 1000 * T, "micro_batch_size": 1000, "max_steps": 100}
+    long = {"total_batch_size": 400 * T, "micro_batch_size": 400, "max_steps": 100}
     process = subprocess.Popen(
         command("train_gpt2.py", "--preset", "demo", *as_flags({**settings, **long})),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -423,7 +423,8 @@ def test_help_explains_every_setting() -> None:
 
 def test_importing_any_file_starts_nothing() -> None:
     files = [path.stem for path in ROOT.glob("*.py")]
-    files += [f"pre_tokens.{path.stem}" for path in (ROOT / "pre_tokens").glob("*.py")]
+    for folder in ("pre_tokens", "support"):
+        files += [f"{folder}.{path.stem}" for path in (ROOT / folder).glob("*.py")]
     code = f"import sys, os\nbefore = set(os.listdir())\nimport {', '.join(files)}\n"
     code += "assert 'transformers' not in sys.modules and 'matplotlib' not in sys.modules\n"
     code += "assert set(os.listdir()) - before <= {'__pycache__'}"

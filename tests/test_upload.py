@@ -13,10 +13,10 @@ import transformers
 from helpers import T, run_script
 from loopback_hub import TOKEN, LoopbackHub
 
-import checkpoint
 import upload_hf
-from cli import UserError
 from model import GPT, GPTConfig
+from support import run_folder
+from support.cli import UserError
 from upload_hf import Settings
 
 Train = Callable[..., Path]
@@ -155,7 +155,7 @@ def test_nothing_outside_the_run_is_sent(train: Train, hub: LoopbackHub, tmp_pat
         upload_hf.upload(Settings(run, "ann/tiny"))
     (run / "figure.png").unlink()
     (run / "samples.txt").write_text(f"my token is {TOKEN}")
-    with pytest.raises(UserError, match=r"samples\.txt: holds your Hub token"):
+    with pytest.raises(UserError, match=r"samples\.txt: contains your Hub token"):
         upload_hf.upload(Settings(run, "ann/tiny"))
     assert not hub.repos
 
@@ -164,11 +164,11 @@ def test_what_cannot_be_sent_is_said(
     train: Train, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run = train()
-    with pytest.raises(UserError, match="--repo-id: needed"):
+    with pytest.raises(UserError, match="--repo-id: required"):
         upload_hf.upload(Settings(run))
     with pytest.raises(UserError, match=r"--checkpoint 5: not in .*6, 4, 2"):
         upload_hf.upload(Settings(run, "ann/tiny", checkpoint=5))
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="contains no checkpoint"):
         upload_hf.upload(Settings(tmp_path, "ann/tiny"))
     with pytest.raises(UserError, match="HTTP 403"):
         upload_hf.upload(Settings(run, "bob/tiny"))
@@ -221,7 +221,7 @@ def test_an_older_checkpoint_becomes_a_folder(
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(theirs(idx).logits, old(idx)[0][..., :50257], atol=1e-5, rtol=0)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("Hello")["input_ids"] == [15496]
-    assert checkpoint.find_model(str(tmp_path / "out")) == str(tmp_path / "out")
+    assert run_folder.find_model(str(tmp_path / "out")) == str(tmp_path / "out")
 
 
 class Bomb:
@@ -246,7 +246,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved.pop("config"), "not a checkpoint of the shape"),
+        (lambda saved: saved.pop("config"), "not a checkpoint of the form"),
         (lambda saved: saved["config"].pop("n_head"), "its config is not"),
         (lambda saved: saved["config"].update(n_layer=3), "missing"),
         (lambda saved: saved["config"].update(n_embd=32), "of shape"),

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from helpers import TINY, as_flags, command, environment, history
 
-import checkpoint
-import metrics
+from support import checkpoint, metrics
 
 STEPS = 160
 SETTINGS = {
@@ -88,6 +87,6 @@ class Run:
     def check(self, expected: list[dict[str, object]]) -> None:
         """The metrics of the undisturbed run, bit for bit, each step once; nothing half-written around."""
         assert history(self.out) == expected
-        assert checkpoint.newest_whole(self.out)[0].name == f"step_{STEPS:06d}"
+        assert checkpoint.latest_intact(self.out)[0].name == f"step_{STEPS:06d}"
         assert not list(self.out.rglob(".*unfinished*"))
         assert (self.out / "summary.json").exists()

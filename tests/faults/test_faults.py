@@ -19,8 +19,7 @@ import pytest
 from fault_runs import STEPS, Run, tally
 from helpers import environment, history
 
-import checkpoint
-import metrics
+from support import checkpoint, metrics
 
 pytestmark = [
     pytest.mark.faults,
@@ -49,7 +48,7 @@ def test_sigkill_at_random_moments(run: Run, expected: Expected) -> None:
         process.kill()
         process.communicate()
         row.injected += 1
-        newest, _ = checkpoint.newest_whole(run.out)
+        newest, _ = checkpoint.latest_intact(run.out)
         assert newest is not None or not had_one, "there is always a whole checkpoint once there has been one"
         row.lost.append(run.lost())
         row.survived += 1
@@ -91,7 +90,7 @@ def test_no_space(run: Run, expected: Expected, what: str) -> None:
     run.wait_for_step(12, process)
     process.kill()
     process.communicate()
-    whole = checkpoint.newest_whole(run.out)[0]
+    whole = checkpoint.latest_intact(run.out)[0]
     limit = 2_000_000 if what == "checkpoint" else (run.out / "metrics.jsonl").stat().st_size + 500
     done = run.finish(preexec_fn=lambda: limit_file_size(limit))
     row.injected += 1
@@ -99,7 +98,7 @@ def test_no_space(run: Run, expected: Expected, what: str) -> None:
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1, done.stderr
     assert "File too large" in lines[0] or "No space" in lines[0]
-    assert checkpoint.newest_whole(run.out)[0] == whole
+    assert checkpoint.latest_intact(run.out)[0] == whole
     row.lost.append(run.lost())
     assert run.finish().returncode == 0
     run.check(expected)
@@ -147,7 +146,7 @@ def test_a_shard_that_goes_while_in_use(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert errors.count("\n") == 1
-    assert "gone or cut short" in errors
+    assert "deleted or cut short" in errors
     row.lost.append(run.lost())
     shutil.copytree(fault_data, data, dirs_exist_ok=True)
     assert run.finish().returncode == 0

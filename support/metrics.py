@@ -1,8 +1,8 @@
-"""The run's record: metrics.jsonl, written line by line, read back.
+"""The run's record, metrics.jsonl: written line by line, read back.
 
     {"step": 12, "kind": "train", "loss": 4.1, "lr": 6e-4, …}
 
-`step` counts finished updates. Kinds: train, val, hellaswag, event.
+`step` counts completed optimizer steps. Kinds: train, val, hellaswag, event.
 """
 
 import json
@@ -12,49 +12,62 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli import UserError
+from support.cli import UserError
+from support.files import write_atomically
 
 Record = dict[str, object]
-Sink = Callable[[Record], None]
-MEASUREMENTS = {"train": "loss", "val": "loss", "hellaswag": "acc"}  # kind -> what each has at least
+Tracker = Callable[[Record], None]
+MEASUREMENTS = {"train": "loss", "val": "loss", "hellaswag": "acc"}  # kind -> the key that each must have
 
 
 class Metrics:
-    """Appends records to a file; each is on its way to the disk, whole, when `log` returns."""
+    """Appends records to a file; each is complete and on its way to the disk when `log` returns."""
 
-    def __init__(self, path: Path, keep_until: int | None = None, sinks: Sequence[Sink] = ()) -> None:
-        """Open `path` for appending, after dropping the records of steps beyond `keep_until` (None: of all).
+    def __init__(
+        self,
+        path: Path,
+        keep_until: int | None = None,
+        trackers: Sequence[Tracker] = (),
+        silent: bool = False,
+    ) -> None:
+        """Open `path` for appending, after dropping the records of steps beyond `keep_until` (None: all).
 
-        A run that was killed has recorded steps that its checkpoint does not hold, perhaps with a broken
-        last line; it will take those steps again. Each new record goes to the `sinks` too.
+        A killed run has recorded steps that its checkpoint does not contain, perhaps with a broken last line;
+        it will repeat those steps. Each new record goes to the `trackers` as well.
+        silent: touch nothing and record nothing, as every process but the first does.
         """
-        kept = [] if keep_until is None else [r for r in read(path) if r["step"] <= keep_until]
-        write_atomically(path, "".join(_line(record) for record in kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open as long as the run
         self.path = path
-        self.sinks = sinks
+        self.trackers = trackers
+        self.file = None
+        if not silent:
+            kept = [] if keep_until is None else [r for r in read(path) if r["step"] <= keep_until]
+            write_atomically(path, "".join(_line(record) for record in kept))
+            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open as long as the run
 
     def log(self, step: int, kind: str, **values: object) -> None:
         """Append one record. A value that is not a finite number is written as null."""
+        if self.file is None:
+            return
         record = {"step": step, "kind": kind, **values}
         try:
             self.file.write(_line(record))
             self.file.flush()
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}: make room, then --resume") from error
-        for sink in self.sinks:
-            sink(record)
+            raise UserError(f"{self.path}: {error.strerror}: free some space, then --resume") from error
+        for tracker in self.trackers:
+            tracker(record)
 
     def sync(self) -> None:
         """Wait until all records are on the disk itself."""
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a metrics file, oldest first; none where there is no file.
+    """The records of a metrics file, oldest first; an empty list if there is no file.
 
-    A last line without its newline is what a kill leaves: it is passed over. Raises UserError on others
-    that are no records.
+    A last line without its newline is what a kill leaves, and is ignored. Raises UserError on any other line
+    that is not a record.
     """
     try:
         text = path.read_bytes()
@@ -73,7 +86,7 @@ def read(path: Path) -> list[Record]:
 
 
 def _is_record(record: Record) -> bool:
-    """Whether a line from a file is what `log` writes: counted steps, measured values finite or null."""
+    """Whether a line from a file is what `log` writes: an integer step, measured values finite or null."""
     if not (type(record["step"]) is int and 0 <= record["step"] < 2**53 and isinstance(record["kind"], str)):
         return False
     if record["kind"] not in MEASUREMENTS:
@@ -89,14 +102,14 @@ def _line(record: Record) -> str:
 
 
 def is_spike(loss: float, recent: Sequence[float], sigmas: float = 6.0) -> bool:
-    """Whether a loss lies more than `sigmas` standard deviations above the mean of 100 recent ones."""
+    """Whether a loss is more than `sigmas` standard deviations above the mean of the 100 recent ones."""
     if len(recent) < 100:
         return False
     return loss > statistics.fmean(recent) + sigmas * statistics.pstdev(recent)
 
 
-def tensorboard_sink(folder: Path) -> Sink:
-    """Scalars for TensorBoard, in `folder`. Raises UserError where its package is missing."""
+def tensorboard_tracker(folder: Path) -> Tracker:
+    """Scalars for TensorBoard, in `folder`. Raises UserError if its package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -110,8 +123,8 @@ def tensorboard_sink(folder: Path) -> Sink:
     return write
 
 
-def wandb_sink(config: dict[str, object], folder: Path) -> Sink:
-    """Scalars for Weights & Biases. Raises UserError where its package is missing."""
+def wandb_tracker(config: dict[str, object], folder: Path) -> Tracker:
+    """Scalars for Weights & Biases. Raises UserError if its package is missing."""
     try:
         import wandb
     except ImportError as error:
@@ -131,13 +144,3 @@ def _numbers(record: Record) -> dict[str, float]:
         for key, value in record.items()
         if key != "step" and isinstance(value, int | float)
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file's contents at once: a reader, or a crash, meets the old or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,12 +1,12 @@
 """Which optimizer needs the fewest tokens, each at its own best learning rate.
 
-    python experiments/optimizers.py --data-dir DIR            # a small model on a CPU
-    python experiments/optimizers.py --data-dir DIR --gpu      # GPT-2 124M on one GPU
+    python benchmarks/optimizers.py --data-dir DIR            # a small model on a CPU
+    python benchmarks/optimizers.py --data-dir DIR --gpu      # GPT-2 124M on one GPU
 
 Trains the same model on the same data with the recipe's AdamW, the tuned AdamW and Muon, with equal seeds and
-each at every learning rate of its list. An interrupted call goes on where it was. Prints the tokens and the
-seconds of training after which each optimizer's best run had the loss that the recipe's best run ends with,
-and draws the curves.
+each at every learning rate of its list. An interrupted call continues where it stopped. Prints the tokens
+and the seconds of training after which each optimizer's best run had the loss that the recipe's best run ends
+with, and draws the curves.
 """
 
 import json
@@ -19,11 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules above this folder
 
-import cli
-import metrics
-import runtime
-from cli import UserError
 from settings import PRESETS
+from support import cli, files, metrics
+from support.cli import Dtype, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,13 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 class Settings:
     data_dir: Path = Path("data/builtin")
     """Folder of token shards."""
-    out_dir: Path = Path("experiments/log")
+    out_dir: Path = Path("benchmarks/log")
     """Folder for the runs, results.json and optimizers.png."""
     gpu: bool = False
     """GPT-2 124M with its own sequence length, rather than a model that a CPU trains in minutes."""
     max_steps: int = 0
     """Steps a run. 0: 200, or 600 with --gpu."""
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
     """Precision of matrix products."""
 
 
@@ -87,8 +85,7 @@ def train(s: Settings, candidate: Candidate, learning_rate: float, max_steps: in
         command += ["--sample-interval", "0", *(GPU_MODEL if s.gpu else CPU_MODEL).split()]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(last.removeprefix("error: "))
+            raise UserError(cli.last_error(done.stderr))
     return run
 
 
@@ -146,10 +143,7 @@ def main() -> None:
         for learning_rate in candidate.learning_rates:
             run = train(s, candidate, learning_rate, max_steps)
             losses[learning_rate] = float(curve(run)["loss"][-1])
-            print(
-                f"{candidate.name:15} learning rate {learning_rate:<7g} loss {losses[learning_rate]:.4f}",
-                flush=True,
-            )
+            print(f"{candidate.name:15} learning rate {learning_rate:<7g} loss {losses[learning_rate]:.4f}")
         best = min(losses, key=losses.get)
         curves[f"{candidate.name}, {best:g}"] = curve(s.out_dir / f"{candidate.preset}-{best:g}")
         results.append({"name": candidate.name, "losses": losses, "best_learning_rate": best})
@@ -164,7 +158,7 @@ def main() -> None:
         reached = f"{tokens:,.0f} tokens, {seconds:,.0f} s" if tokens else "not reached"
         label = f"{result['name']} at {result['best_learning_rate']:g}"
         print(f"{label:24} {reached}, last loss {result['last_loss']:.4f}")
-    metrics.write_atomically(
+    files.write_atomically(
         s.out_dir / "results.json", json.dumps({"target": target, "results": results}, indent=2)
     )
     draw(curves, target, s.out_dir / "optimizers.png")

@@ -1,0 +1,209 @@
+"""How a stream of text becomes shards.
+
+Each shard appears complete; then the manifest lists it, together with the place in the source where the next
+one begins. So a build that was killed continues after the last complete shard, to the same bytes.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from pre_tokens import shards
+from pre_tokens.shards import MANIFEST, Place
+from support import tokenizer
+from support.cli import UserError
+from support.files import sha256_of
+
+_END_OF_TEXT = np.array([tokenizer.END_OF_TEXT_ID], dtype=np.uint32)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A handful of documents, read at once."""
+
+    file: int
+    number: int  # within the file
+    texts: list[str | None]
+    bytes_read: int  # of all files, up to the end of this block
+    continues: bool = False  # the first text continues the document that the previous block ended with
+
+
+class Source(Protocol):
+    size: int  # bytes of all files
+
+    def describe(self) -> dict[str, object]:
+        """What distinguishes this input from others, for the manifest."""
+
+    def blocks(self, file: int, block: int) -> Iterator[Block]:
+        """The blocks from this one on: the same for every call, wherever it starts."""
+
+
+def build(source: Source, out_dir: Path, name: str, shard_size: int, workers: int = 0) -> dict:
+    """Write the source's tokens as shards of `shard_size`, continuing where an earlier call was interrupted.
+
+    A document that crosses the end of a shard continues in the next one: no token is lost. The bytes do not
+    depend on `workers` (threads; 0: one per core). Memory: one shard and a few blocks, whatever the size of
+    the source. Returns the manifest.
+    Raises UserError if the folder contains shards of something else, or the source contains no text.
+    """
+    if shard_size < 1:
+        raise UserError(f"--shard-size {shard_size}: must be at least 1")
+    # Looked at before the folder is created: a source that cannot be read must leave nothing behind.
+    recipe = {
+        "source": source.describe(),
+        "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256},
+        "name": name,
+        "shard_size": shard_size,
+    }
+    tokenizer.get_encoding()
+    with shards.locked(out_dir):
+        manifest = _begin(out_dir, recipe)
+        if manifest["next"] is not None:
+            _write_shards(source, out_dir, manifest, workers or os.cpu_count() or 1)
+    return manifest
+
+
+def _begin(out_dir: Path, recipe: dict) -> dict:
+    """The manifest of an earlier build with this recipe, or that of a new one."""
+    manifest = shards.read_manifest(out_dir / MANIFEST)
+    if manifest is not None:
+        for key, value in {**recipe, **recipe["source"]}.items():
+            earlier = {**manifest, **manifest.get("source", {})}.get(key)
+            if earlier != value and key != "source":
+                now = f" ({earlier}, now {value})" if isinstance(value, str | int) else ""
+                raise UserError(f"--out-dir {out_dir}: its shards differ in {key}{now}: name another folder")
+        if not shards.missing(out_dir, manifest):
+            return manifest
+        return {**recipe, "shards": [], "next": asdict(Place())}  # some were removed: build all again
+    if others := shards.names_in(out_dir):
+        raise UserError(
+            f"--out-dir {out_dir}: contains shards from elsewhere ({others[0]}): name another folder"
+        )
+    return {**recipe, "shards": [], "next": asdict(Place())}
+
+
+class ShardWriter:
+    """Cuts a stream of tokens into shards, and lists each in the manifest once it is on the disk."""
+
+    def __init__(self, out_dir: Path, manifest: dict) -> None:
+        self.out_dir, self.manifest = out_dir, manifest
+        self.buffer = np.empty(manifest["shard_size"], dtype=np.uint16)
+        self.filled = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.filled == len(self.buffer)
+
+    def add(self, tokens: np.ndarray) -> int:
+        """Take as many tokens as the current shard has room for; returns how many."""
+        part = tokens[: len(self.buffer) - self.filled]
+        self.buffer[self.filled : self.filled + len(part)] = part
+        self.filled += len(part)
+        return len(part)
+
+    def finish_shard(self, following: Place | None) -> None:
+        """Save the shard; the next one begins at `following` (None: there is none)."""
+        number = len(self.manifest["shards"])
+        entry = _save(self.out_dir, self.manifest["name"], number, self.buffer[: self.filled])
+        self.manifest["shards"].append(entry)
+        self.manifest["next"] = asdict(following) if following else None
+        shards.write_manifest(self.out_dir, self.manifest)
+        self.filled = 0
+
+
+def _write_shards(source: Source, out_dir: Path, manifest: dict, workers: int) -> None:
+    start = Place(**manifest["next"])
+    writer = ShardWriter(out_dir, manifest)
+    skipped = start.skipped
+    documents, tokens = (sum(shard[key] for shard in manifest["shards"]) for key in ("documents", "tokens"))
+    with tqdm(total=source.size, unit="B", unit_scale=True, desc=manifest["name"], disable=None) as bar:
+        for block, ids, empty in encoded(source.blocks(start.file, start.block), workers):
+            used = start.token if (block.file, block.number) == (start.file, start.block) else 0
+            documents += int(np.count_nonzero(ids[used:] == tokenizer.END_OF_TEXT_ID))
+            tokens += len(ids) - used
+            while used < len(ids):
+                used += writer.add(ids[used:])
+                if writer.is_full:
+                    writer.finish_shard(Place(block.file, block.number, used, skipped))
+            skipped += empty
+            bar.update(block.bytes_read - bar.n)
+            bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens", refresh=False)
+    if not tokens:
+        raise UserError(f"no text in the source ({skipped} empty documents): check --text-column and --files")
+    manifest |= {"documents": documents, "tokens": tokens, "skipped": skipped}
+    if writer.filled:
+        writer.finish_shard(None)
+    manifest["next"] = None
+    shards.write_manifest(out_dir, manifest)
+
+
+def _save(out_dir: Path, name: str, number: int, tokens: np.ndarray) -> dict[str, object]:
+    """Write one shard, completely or not at all. Returns its entry in the manifest."""
+    path = out_dir / f"{name}_{'train' if number else 'val'}_{number:06d}.npy"
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, tokens)
+        file.flush()
+        os.fsync(file.fileno())
+    entry = {
+        "file": path.name,
+        "documents": int(np.count_nonzero(tokens == tokenizer.END_OF_TEXT_ID)),
+        "tokens": len(tokens),
+        "bytes": temporary.stat().st_size,
+        "sha256": sha256_of(temporary),
+    }
+    os.replace(temporary, path)
+    return entry
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def encoded(blocks: Iterator[Block], workers: int) -> Iterator[tuple[Block, np.ndarray, int]]:
+    """Each block with its tokens, in order: read by one thread, encoded by `workers`, a few blocks ahead.
+
+    Threads are enough, and need no copies: tiktoken releases Python's global lock.
+    """
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as encoders:
+        pending: deque[tuple[Block, Future]] = deque()
+        following = reader.submit(next, blocks, None)
+        while True:
+            while following is not None and len(pending) < 2 * workers:
+                block = following.result()
+                following = None if block is None else reader.submit(next, blocks, None)
+                if block is not None:
+                    pending.append((block, encoders.submit(encode, block.texts, block.continues)))
+            if not pending:
+                return
+            block, future = pending.popleft()
+            yield block, *future.result()
+
+
+def encode(texts: list[str | None], continues: bool = False) -> tuple[np.ndarray, int]:
+    """Documents -> (tokens, each document preceded by 50256, uint16 (n,); how many contained no text).
+
+    Text that looks like a special token is encoded as plain characters, and a lone surrogate as U+FFFD, as
+    `encode_ordinary` does. continues: the first text is the rest of a document, without a 50256.
+    """
+    enc = tokenizer.get_encoding()
+    parts, empty = [], 0
+    for index, text in enumerate(texts):
+        if not text:
+            empty += 1
+            continue
+        if not (continues and index == 0):
+            parts.append(_END_OF_TEXT)
+        try:
+            parts.append(enc.encode_to_numpy(text, disallowed_special=()))
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            parts.append(enc.encode_to_numpy(text, disallowed_special=()))
+    ids = np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
+    return ids, empty

@@ -1,0 +1,233 @@
+"""Checkpoints: written completely or not at all, listed, verified, loaded.
+
+    OUT_DIR/checkpoints/step_000500/    after 500 optimizer steps
+        model.safetensors, config.json, …, tokenizer.json    a folder that transformers loads directly
+        training_state.pt                                     optimizer state and step, for resuming
+        SHA256SUMS                                            of all other files, for `sha256sum -c`
+
+A checkpoint is written to a folder with a temporary name, flushed to the disk, then renamed.
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+
+from support import pretrained, tokenizer
+from support.cli import UserError
+from support.files import flush_to_disk, sha256_of
+
+FOLDER = "checkpoints"
+STEP_FOLDER = re.compile(r"step_(\d{6,})")
+TRAINING_STATE = "training_state.pt"
+CHECKSUMS = "SHA256SUMS"
+UNFINISHED = ".unfinished-"
+STATE_KEYS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
+def folder_of(out_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return out_dir / FOLDER / f"step_{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    """The number of optimizer steps behind a checkpoint, from its folder's name."""
+    return int(STEP_FOLDER.fullmatch(folder.name)[1])
+
+
+def folders(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [path for path in (out_dir / FOLDER).glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(out_dir: Path, step: int, model: nn.Module, training_state: dict[str, object], keep: int) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep`. Returns its folder.
+
+    training_state: tensors, numbers, strings, lists and dictionaries only, since nothing else is loaded.
+    """
+    folder = folder_of(out_dir, step)
+    parent = folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{parent}: a file, where a folder has to be: remove it, then --resume") from error
+    remove_unfinished(out_dir)
+    temporary = parent / (UNFINISHED + folder.name)
+    try:
+        temporary.mkdir()
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary, model.config.block_size)
+        torch.save(training_state, temporary / TRAINING_STATE)
+        sums = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
+        (temporary / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+        flush_to_disk(temporary)
+    except (OSError, SafetensorError, RuntimeError) as error:  # each writer has its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: cannot be written ({reason}): free some space, then --resume") from error
+    if folder.exists():
+        _remove(folder)
+    temporary.rename(folder)
+    flush_to_disk(parent)
+    for old in folders(out_dir)[keep:]:
+        _remove(old)
+    return folder
+
+
+def remove_unfinished(out_dir: Path) -> None:
+    """Remove half-written checkpoints left by a crash."""
+    for path in (out_dir / FOLDER).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a crash half-way must not leave a part under a checkpoint's name.
+    hidden = folder.with_name(UNFINISHED + "old-" + folder.name)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+# ---------------------------------------------------------------- verifying
+
+
+def verify(folder: Path) -> None:
+    """Raise UserError unless every file of the checkpoint is as it was written."""
+    try:
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            digest, name = line.split("  ", 1)
+            if sha256_of(folder / Path(name).name) != digest:
+                raise UserError(f"{folder / name}: damaged")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a complete checkpoint ({error})") from error
+
+
+def latest_intact(out_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is intact, None if there is none, and what is wrong with newer ones.
+
+    Raises UserError if there are checkpoints but not one of them is intact.
+    """
+    problems = []
+    for folder in folders(out_dir):
+        try:
+            verify(folder)
+            return folder, problems
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(f"{problems[0]}: no checkpoint of {out_dir} is intact: --overwrite starts afresh")
+    return None, problems
+
+
+def warn_of_damage(problems: list[str], used: Path) -> None:
+    """Say on stderr which checkpoints are damaged and which one is used instead."""
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if problems:
+        print(f"warning: using {used} instead", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    identity: dict[str, object],
+) -> dict[str, float]:
+    """Load weights, optimizer and scaler states; returns the seconds that the run had taken until then.
+
+    Raises UserError if the checkpoint is damaged, or of a run with another `identity`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not on this machine: --out-dir must be on a disk that all machines share")
+    state = load_training_state(folder)
+    names = {"data": "the data (--data-dir, --num-shards)", "model": "the shape of the model"}
+    for key, value in identity.items():
+        saved = state["identity"].get(key)
+        if saved != value:
+            name = names.get(key, f"--{key.replace('_', '-')}")
+            raise UserError(
+                f"{folder}: {name} was {saved} and is now {value}: set it back, or use another --out-dir"
+            )
+    pretrained.load_weights(model, folder)
+    try:
+        load_optimizer_state(model, optimizers, state["optimizer"])
+        if state["scaler"]:  # empty unless the run was in fp16
+            scaler.load_state_dict(state["scaler"])
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: not a state of this run ({error!r}): use another checkpoint") from error
+    return state["seconds"]
+
+
+def load_training_state(folder: Path) -> dict[str, object]:
+    """What `save` was given as training_state, on the CPU. Raises UserError if it cannot be read."""
+    file = folder / TRAINING_STATE
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        json.dumps([state["identity"], state["scaler"]])  # plain values, no tensors
+        if not sum(state["seconds"].values()) >= 0 or not isinstance(state["optimizer"], dict):
+            raise TypeError("not a training state")
+        return state
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: cannot be loaded ({reason}): use another checkpoint") from error
+
+
+def optimizer_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, object]:
+    """The optimizers' state by parameter name, without padding, so that it suits any padding."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rows = model.config.vocab_size
+    return {
+        names[parameter]: {
+            key: pretrained.without_padding(names[parameter], value, rows).clone()
+            if names[parameter].endswith("wte.weight")
+            else value
+            for key, value in state.items()
+        }
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+    }
+
+
+def load_optimizer_state(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: dict[str, object]
+) -> None:
+    """Restore what `optimizer_state` returned. Raises UserError if it is of another optimizer or model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    if set(names.values()) != set(saved):
+        raise UserError("training_state.pt: the state of another optimizer or model: start a new --out-dir")
+    for optimizer in optimizers:
+        state = {}
+        order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, (name, parameter) in enumerate((names[parameter], parameter) for parameter in order):
+            rows = pretrained.without_padding(name, parameter, model.config.vocab_size)
+            shapes = {
+                key: torch.Size() if key == "step" else rows.shape
+                for key in STATE_KEYS[type(optimizer).__name__]
+            }
+            # The fused optimizers write into these without checking their size.
+            if {key: value.shape for key, value in saved[name].items()} != shapes:
+                raise ValueError(f"the state of {name} has another shape")
+            padding = len(parameter) - len(rows)
+            state[index] = {
+                key: F.pad(value, (0, 0, 0, padding)) if padding and value.dim() == 2 else value.contiguous()
+                for key, value in saved[name].items()
+            }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})

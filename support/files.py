@@ -1,0 +1,48 @@
+"""Files and folders on disk: replaced atomically, flushed, hashed, locked."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's contents at once: a reader or a crash finds the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's or a folder's contents are on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def lock_folder(folder: Path, wait: bool = False) -> FileLock | None:
+    """Lock a folder, across processes and machines that share the disk; None if another process has it.
+
+    The lock lasts until it is released, garbage-collected, or its process ends in any way. With `wait`,
+    blocks until the folder is free.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        return lock.acquire(timeout=-1 if wait else 0).lock
+    except Timeout:
+        return None

@@ -1,0 +1,208 @@
+"""A run folder: its files' names, claiming one for a new run, finding the runs and checkpoints in it.
+
+log/config.json      every setting, the versions, the hardware, the git commit
+log/metrics.jsonl    one record per line: see support/metrics.py
+log/checkpoints/     see support/checkpoint.py
+log/loss_curves.png, log/samples.txt, log/summary.json    written at the end of the run
+"""
+
+import contextlib
+import dataclasses
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from filelock import FileLock
+
+from support import checkpoint, files, metrics
+from support.cli import UserError
+
+DEFAULT = "log"  # of every script's --model or --run
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+FIGURE = "loss_curves.png"
+SAMPLES = "samples.txt"
+SUMMARY = "summary.json"
+
+
+def claim(out_dir: Path, resume: bool, overwrite: bool) -> tuple[Path | None, FileLock]:
+    """Lock the folder for this run; returns the checkpoint to resume from, if any, and the lock.
+
+    Raises UserError if the folder holds a run and neither `resume` nor `overwrite` says what to do with it,
+    if another process is training into it, or if it cannot be written.
+    """
+    names = (CONFIG, METRICS, checkpoint.FOLDER, FIGURE, SAMPLES, SUMMARY)
+    existing = [out_dir / name for name in names if (out_dir / name).exists()]
+    if existing and not (resume or overwrite):
+        raise UserError(
+            f"--out-dir {out_dir}: already holds a run: continue it with --resume, replace it with "
+            "--overwrite, or name another folder"
+        )
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = files.lock_folder(out_dir)
+    except OSError as error:
+        raise UserError(
+            f"--out-dir {out_dir}: cannot be written ({error.strerror}): name another folder"
+        ) from error
+    if lock is None:
+        raise UserError(f"{out_dir}: another process is training into it: wait, or use another --out-dir")
+    if overwrite:
+        for path in existing:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    checkpoint.remove_unfinished(out_dir)
+    newest, problems = checkpoint.latest_intact(out_dir) if resume else (None, [])
+    if newest:
+        checkpoint.warn_of_damage(problems, newest)
+    elif resume:
+        print(f"{out_dir}: no checkpoint to resume from: starting at step 0")
+    return newest, lock
+
+
+class Settings(Protocol):
+    """The training script's settings, of which these are used here."""
+
+    out_dir: Path
+    tensorboard: bool
+    wandb: bool
+
+
+def open_record(
+    settings: Settings, facts: dict[str, object], first_step: int, silent: bool
+) -> metrics.Metrics:
+    """Write config.json, open metrics.jsonl, and say and record which settings a resume has changed.
+
+    facts: what config.json records beside settings, versions and commit. silent: touch nothing.
+    """
+    out_dir = settings.out_dir
+    if silent:
+        return metrics.Metrics(out_dir / METRICS, silent=True)
+    record = describe(settings, facts)
+    changed = changed_settings(out_dir / CONFIG, record["settings"]) if first_step else {}
+    trackers = [metrics.tensorboard_tracker(out_dir / "tensorboard")] if settings.tensorboard else []
+    trackers += [metrics.wandb_tracker(record, out_dir)] if settings.wandb else []
+    write_json(out_dir / CONFIG, record)
+    opened = metrics.Metrics(out_dir / METRICS, first_step or None, trackers)
+    processes = facts["hardware"]["processes"]
+    opened.log(first_step, "event", name="resume" if first_step else "start", processes=processes)
+    if changed:
+        opened.log(first_step, "event", name="settings changed", **changed)
+    for name, (before, now) in changed.items():
+        print(f"changed    --{name.replace('_', '-')} was {before}, is now {now}")
+    return opened
+
+
+def describe(settings: object, facts: dict[str, object]) -> dict[str, object]:
+    """What config.json records: every setting, the `facts`, the versions, the git commit."""
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    values = dataclasses.asdict(settings)
+    return {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()},
+        **facts,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        },
+        "git_commit": commit,
+    }
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """Write one of the folder's JSON files, indented for people to read."""
+    files.write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def changed_settings(config: Path, new: dict[str, object]) -> dict[str, list[object]]:
+    """Settings that differ from those in a run's config.json: name -> [before, now].
+
+    Only those that affect training count. Without a readable file nothing has changed.
+    """
+    try:
+        old = dict(json.loads(config.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    ignored = {"preset", "resume", "overwrite", "out_dir"}
+    names = [name for name in new if name in old and name not in ignored]
+    return {name: [old[name], new[name]] for name in names if old[name] != new[name]}
+
+
+def write_summary(
+    out_dir: Path,
+    records: list[dict[str, object]],
+    parameters: int,
+    steps: int,
+    tokens: int,
+    seconds: dict[str, float],
+    hardware: dict[str, object],
+) -> None:
+    """Write summary.json: size, losses, speed and time of a finished run."""
+    losses = {
+        kind: [(r["loss"], r["step"]) for r in records if r["kind"] == kind and r["loss"] is not None]
+        for kind in ("train", "val")
+    }
+    best = min(losses["val"], default=(None, None))
+    summary = {
+        "parameters": parameters,
+        "steps": steps,
+        "tokens": tokens,
+        "last_train_loss": losses["train"][-1][0] if losses["train"] else None,
+        "last_val_loss": losses["val"][-1][0] if losses["val"] else None,
+        "best_val_loss": best[0],
+        "best_val_step": best[1],
+        "tokens_per_sec": tokens / seconds["training"] if seconds["training"] else None,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "hardware": hardware,
+    }
+    write_json(out_dir / SUMMARY, summary)
+
+
+def find_model(name: str) -> str:
+    """The folder or Hub name behind a `--model`: for a run, its newest intact checkpoint.
+
+    Warns on stderr if a newer one is damaged. Raises UserError for a run without checkpoints, and for the
+    default run if there is none.
+    """
+    folder = Path(name)
+    if (folder / "model.safetensors").exists():
+        return name
+    if not folder.is_dir():
+        if name == DEFAULT:
+            raise UserError(f"{name}: no run there yet: train one, or name a model{runs_below(folder)}")
+        return name
+    newest, problems = checkpoint.latest_intact(folder)
+    if newest is None:
+        if (folder / CONFIG).exists() and (folder / METRICS).exists():
+            raise UserError(f"{folder}: no checkpoint yet: wait for the run's first (--checkpoint-interval)")
+        if runs := runs_below(folder):
+            raise UserError(f"{folder}: not a run{runs}")
+        return name
+    checkpoint.warn_of_damage(problems, newest)
+    return str(newest)
+
+
+def runs_below(folder: Path) -> str:
+    """The end of a message about a missing run: the runs one level below the folder, or nothing."""
+    runs = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS}"))
+    return f" (runs there: {', '.join(runs)})" if runs else ""
+
+
+def how_to_continue(out_dir: Path, overwrite: bool, processes: int) -> str:
+    """How to continue a stopped run. The command that started it would delete it if it has --overwrite."""
+    if not overwrite:
+        return "continue with the same command and --resume"
+    if processes > 1:
+        return "continue with the same command, --resume in place of --overwrite"
+    python = Path(sys.executable)
+    with contextlib.suppress(ValueError):
+        python = python.relative_to(Path.cwd())
+    return f"continue with {python} {sys.argv[0]} --preset {out_dir / CONFIG} --resume"

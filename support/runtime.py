@@ -1,0 +1,227 @@
+"""Processes, device, precision and signals: what differs between a laptop and eight GPUs."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from support.cli import Dtype, UserError
+
+T = TypeVar("T")
+# Rank 0 may fetch data or write samples while the others wait, which takes longer than most steps.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs: one of `world_size` processes, each on its own device."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; parameters and optimizer states stay fp32
+    rank: int = 0
+    local_rank: int = 0  # rank on this machine
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print on rank 0 only."""
+        if self.is_main:
+            print(text)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which the model runs: 16-bit matrix products, or nothing for fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "SUM") -> torch.Tensor:
+        """Sum (or "MIN", "MAX") over all processes, in place; with one process the tensor itself."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.all_reduce(torch.zeros((), device=self.device))
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def run_on_some(self, here: bool, work: Callable[[], T]) -> T | None:
+        """Do `work` on the processes where `here` is true, while the others wait; None on those.
+
+        A UserError on one process is raised on all of them: none is left waiting for a dead one.
+        """
+        result, failure = None, None
+        if here:
+            try:
+                result = work()
+            except UserError as error:
+                failure = error
+        failed = self.all_reduce(torch.tensor(int(failure is not None), device=self.device), "MAX")
+        if failed:
+            raise failure or UserError("another process has reported the error")
+        return result
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """How many processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: str, dtype: Dtype) -> Runtime:
+    """Choose device and precision, and join the other processes if torchrun started this one.
+
+    device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
+    Raises UserError for a device or precision that this machine does not have.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _pick_device(device, local_rank, world_size())
+    rt = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, world_size())
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        # What autocast leaves in fp32 uses TF32 units; on a CPU this setting would change results.
+        torch.set_float32_matmul_precision("high")
+    if rt.world_size > 1:
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=_store_of_this_start(),
+            rank=rank,
+            world_size=rt.world_size,
+            timeout=PROCESS_GROUP_TIMEOUT,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    return rt
+
+
+def _store_of_this_start() -> dist.Store | None:
+    """Where the processes find each other's addresses; None: where MASTER_ADDR and MASTER_PORT say.
+
+    On one machine torchrun keeps one store through all its restarts, with the addresses of dead processes
+    still in it (pytorch/pytorch#135712), so every start uses its own keys. With several machines each counts
+    restarts for itself; there torchrun has to be told to make new stores: see workflow.md.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=PROCESS_GROUP_TIMEOUT)
+    return dist.PrefixStore(f"restart_{env['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available() and world_size == 1:
+            device = "mps"
+        else:
+            device = "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: not a device: use auto, cpu, cuda, cuda:N or mps") from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"--device {device}: torch {torch.__version__} finds no CUDA device: use --device cpu"
+            )
+        index = local_rank if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, no number {index}: "
+                "lower --nproc_per_node"
+            )
+        return torch.device("cuda", index)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available on this machine: use --device cpu")
+    if chosen.type not in ("cpu", "mps"):
+        raise UserError(f"--device {device}: not supported: use auto, cpu, cuda, cuda:N or mps")
+    if chosen.type == "mps" and world_size > 1:
+        raise UserError("--device mps: one process only: run without torchrun, or use --device cpu")
+    return chosen
+
+
+def pick_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
+    """The precision of matrix products: the one asked for, or for "auto" the best that the device is fast at.
+
+    CUDA: bf16 from Ampere on, fp16 before. MPS: fp32. CPU: bf16 if it has units for it, else fp32: without
+    them bf16 works, but hundreds of times slower, so the CPU's feature flags decide.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and cpu_flags() & {"amx_bf16", "avx512_bf16"}:
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> set[str]:
+    """The CPU's feature flags as Linux lists them; empty if there is no such list."""
+    try:
+        with open(cpuinfo) as file:
+            for line in file:
+                if line.startswith("flags"):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT, so that the loop can stop after the current step.
+
+    torchrun passes on a signal that the terminal has already sent, so a second one means the same; the third
+    ends the process at once. Python runs its signal handlers between bytecodes, which a backward pass can
+    delay by seconds: a thread that the interpreter wakes from within the signal answers immediately.
+    """
+
+    def __init__(self, announce: bool = True) -> None:
+        """announce: say on stderr what the signal does; one process of a run is enough."""
+        self.number = 0
+        self.times = 0
+        self.announce = announce
+        self.wake_up, waker = socket.socketpair()
+        waker.setblocking(False)
+        self.waker = waker  # stays open as long as signals may come
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)  # the thread does the work
+        threading.Thread(target=self._listen, name="stop signal", daemon=True).start()
+
+    def _listen(self) -> None:
+        while received := self.wake_up.recv(1):
+            number = received[0]
+            self.number = self.number or number
+            self.times += 1
+            if self.times > 2:
+                os._exit(128 + number)
+            if self.announce:
+                name = signal.Signals(number).name
+                left = "once" if self.times == 2 else "twice"
+                print(f"\n{name}: finishing this step; {left} more to quit now", file=sys.stderr, flush=True)

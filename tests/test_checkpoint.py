@@ -1,0 +1,101 @@
+"""Checkpoints: written completely or not at all, checked, loaded."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optim import build_optimizers
+from support import checkpoint, pretrained
+from support.cli import UserError
+
+
+def small_model() -> tuple[GPT, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 50257, 1, 1, 4, padded_vocab_size=50304))
+    [optimizer] = build_optimizers(model, "adamw", 1e-2, 1.0, 0.1)
+    idx = torch.randint(50257, (2, 8))
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_a_checkpoint_is_never_seen_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever step of saving dies, the folder lists whole checkpoints only, and the next save clears up."""
+    model, optimizer = small_model()
+    state = {"step": 1, "optimizer": checkpoint.optimizer_state(model, [optimizer])}
+    checkpoint.save(tmp_path, 1, model, state, keep=1)
+    whole = checkpoint.folders(tmp_path)
+    for victim in ("save", "fsync", "rename"):
+        owner = {"save": torch, "fsync": os, "rename": Path}[victim]
+        original = getattr(owner, victim)
+
+        def die(*args: object, **kwargs: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(owner, victim, die)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 2, model, state, keep=1)
+        monkeypatch.setattr(owner, victim, original)
+        assert checkpoint.folders(tmp_path) == whole
+        assert checkpoint.latest_intact(tmp_path) == (whole[0], [])
+    saved = checkpoint.save(tmp_path, 2, model, state, keep=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == [saved]
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    model, _ = small_model()
+    folder = checkpoint.save(tmp_path, 7, model, {"step": 7}, keep=1)
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    assert {line.split("  ")[1] for line in lines} == {p.name for p in folder.iterdir()} - {"SHA256SUMS"}
+    for line in lines:
+        digest, name = line.split("  ")
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_state_moves_between_models_with_and_without_padding(tmp_path: Path) -> None:
+    """A run begun on a GPU, padded, continues without padding, and back."""
+    padded, optimizer = small_model()
+    folder = checkpoint.save(
+        tmp_path,
+        1,
+        padded,
+        {
+            "identity": {},
+            "scaler": {},
+            "seconds": {},
+            "optimizer": checkpoint.optimizer_state(padded, [optimizer]),
+        },
+        keep=1,
+    )
+    plain = GPT(GPTConfig(8, 50257, 1, 1, 4))
+    pretrained.load_weights(plain, folder)
+    [plain_optimizer] = build_optimizers(plain, "adamw", 1e-2, 1.0, 0.1)
+    saved = checkpoint.load_training_state(folder)["optimizer"]
+    checkpoint.load_optimizer_state(plain, [plain_optimizer], saved)
+    idx = torch.randint(50257, (2, 8), generator=torch.Generator().manual_seed(1))
+    for model, its_optimizer in ((padded, optimizer), (plain, plain_optimizer)):
+        its_optimizer.zero_grad()
+        model(idx, idx)[1].backward()
+        its_optimizer.step()
+    assert torch.equal(padded.lm_head.weight[:50257], plain.lm_head.weight)
+    assert (padded.lm_head.weight[50257:] == 0).all()
+    back = checkpoint.optimizer_state(plain, [plain_optimizer])
+    checkpoint.load_optimizer_state(padded, [optimizer], back)
+    assert optimizer.state[padded.lm_head.weight]["exp_avg"].shape == (50304, 4)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("pwned",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"optimizer": Malicious()}, tmp_path / "training_state.pt")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        checkpoint.load_training_state(tmp_path)
+    assert not (tmp_path / "pwned").exists()
