@@ -65,15 +65,15 @@ class Settings:
     micro_batch_size: int = 0
     """Sequences per forward pass. 0: the largest that fits on a GPU, 1 on a CPU."""
     loss_chunks: int = 0
-    """Compute the loss in so many chunks. 0: one on a GPU; of 512 tokens on a CPU."""
+    """Chunks of the loss. 0: one on a GPU, chunks of 512 tokens on a CPU."""
     accumulation_steps: int = 1
     """Micro-batches per step."""
     optimizer: Literal["preset", "adamw", "muon"] = "preset"
     """preset: the one that the preset trains with."""
     attention: Literal["default", "cudnn", "flash", "efficient", "math"] = "default"
-    """Kernel of scaled_dot_product_attention."""
+    """Attention kernel; default: the one that PyTorch chooses."""
     loader: Literal["memmap", "int64"] = "memmap"
-    """Ours, or a shard in memory as int64, cut into batches in the foreground, as older scripts do."""
+    """memmap: this project's. int64: a shard in memory, cut in the main thread, as in older scripts."""
     sync: bool = False
     """Wait for the device after each step, as older scripts do."""
     compile: bool = False
@@ -87,23 +87,23 @@ class Settings:
     steps: int = 3
     """Steps to time."""
     warmup: int = 1
-    """Steps before those that are timed."""
+    """Untimed steps before the timed ones."""
     compare: tuple[str, str] | None = None
-    """Two settings to time in turn, each as "NAME=VALUE NAME=VALUE …" with the names of these flags."""
+    """Two settings to time in turn, A B A B, each a quoted list "NAME=VALUE …" of these flags."""
     rounds: int = 3
-    """Rounds of --compare."""
+    """How often --compare times each setting."""
     sweep: bool = False
     """Time many settings and say which flags are fastest."""
     plan: str | None = None
-    """COUNTxGPU, such as 8xA100-80GB: calculate the preset's run there instead of timing."""
+    """Estimate time, memory and cost of the preset's run on these GPUs per machine, such as 8xA100-80GB."""
     nodes: int = 1
-    """Machines for --plan."""
+    """Number of machines in --plan."""
     network: float = 12.5
-    """GB/s between the machines for --plan."""
+    """Network bandwidth between the machines in --plan, in GB/s."""
     mfu: float = 0.45
-    """MFU that --plan assumes."""
+    """Model FLOPs utilisation (MFU) that --plan assumes, 0 to 1."""
     price: float = 0.0
-    """Price per GPU hour for --plan."""
+    """Price per GPU hour in --plan."""
     json: bool = False
     """Print one JSON object."""
 

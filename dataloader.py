@@ -1,8 +1,9 @@
 """The order of the data, and batches.
 
 The shards of a split form one endless stream of sequences that is a pure function of (data, seed, epoch).
-Step s of training takes sequences s·N to (s+1)·N of it, however many processes share them. So a run can
-continue on another number of GPUs knowing nothing but its step, and no rank can drift from the others.
+After s steps of N sequences, the next step takes sequences s·N to (s+1)·N − 1 of it, however many processes
+share them. So a run can continue on another number of GPUs from its step alone, and no rank can drift from
+the others.
 
     stream = TokenStream(shards.find_shards(folder)["train"], sequence_length=1024, seed=1337, shuffle=True)
     stream.read(np.arange(0, 512))      # the 512 sequences of the first step: uint16 (512, 1025)
@@ -54,7 +55,7 @@ class TokenStream:
         return int(self.counts.sum())
 
     def fingerprint(self) -> str:
-        """A short hash of what the order depends on beside seed and length: the shards' names and sizes."""
+        """A short hash of the shards' names and sizes, on which the order depends besides seed and length."""
         text = "\n".join(f"{shard.path.name} {shard.n_tokens}" for shard in self.shards)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -65,7 +66,7 @@ class TokenStream:
         tokens = np.empty((len(numbers), T + 1), dtype=np.uint16)
         for index in np.unique(shard_of):
             shard = self.shards[index]
-            # Mapped again for each batch: a map that stays would count every page it ever touched as ours.
+            # Mapped again for each batch: a lasting map would add every page it touches to our memory use.
             mapped = shard.map()
             places = np.flatnonzero(shard_of == index)
             for place, row in zip(places, row_of[places], strict=True):
@@ -95,7 +96,7 @@ class TokenStream:
 
 
 def permute(numbers: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n), chosen by `key`, sends these numbers, int64 (k,).
+    """What a pseudo-random permutation of range(n), chosen by `key`, maps these numbers to, int64 (k,).
 
     A Feistel network with cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): any
     element without a table in memory, and the same for every version of numpy.
@@ -131,14 +132,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def train_batches(
     stream: TokenStream,
-    first_step: int,
+    steps_done: int,
     sequences_per_step: int,
     micro_batch_size: int,
     rank: int,
     world_size: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches from `first_step` on, without end: (x, y), each int64 (B, T) on `device`.
+    """This rank's micro-batches after `steps_done` steps, without end: (x, y), int64 (B, T) on `device`.
 
     A step has sequences_per_step / (B · world_size) micro-batches; each takes B sequences for every rank.
     The next one is read in the background, into pinned memory for a CUDA device.
@@ -147,16 +148,16 @@ def train_batches(
     stride = B * world_size
 
     def load(number: int) -> tuple[Tensor, Tensor]:
-        begin = first_step * sequences_per_step + number * stride + rank * B
+        begin = steps_done * sequences_per_step + number * stride + rank * B
         return _to_tensors(stream.read(np.arange(begin, begin + B)), device)
 
     with ThreadPoolExecutor(1, thread_name_prefix="dataloader") as pool:
         number = 0
-        following = pool.submit(load, number)
+        next_batch = pool.submit(load, number)
         while True:
-            x, y = following.result()
+            x, y = next_batch.result()
             number += 1
-            following = pool.submit(load, number)
+            next_batch = pool.submit(load, number)
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 

@@ -34,7 +34,7 @@ class Settings:
     model: str = "log"
     """A run, a checkpoint, a GPT-2 folder in the Hugging Face format, or a Hub name (gpt2)."""
     prompt: str | None = None
-    """Text to continue; - reads standard input. Left out: a prompt loop (without a terminal, no prompt)."""
+    """Text to continue; - reads standard input. Default: a prompt loop (without a terminal, no prompt)."""
     num_samples: int = 3
     """Samples per prompt."""
     max_new_tokens: int = 64

@@ -122,7 +122,7 @@ def prepare(data: str, rt: Runtime) -> list[Example]:
 def load(data: Path | None = None, style: Style = "completion", limit: int = 0) -> list[Example]:
     """Tokenised examples of a HellaSwag file (None: the published one, fetched if necessary), in its order.
 
-    limit: only the first so many; 0: all. Raises UserError on a file that contains something else.
+    limit: only the first N; 0: all. Raises UserError on a file that contains something else.
     """
     path = data or fetch()
     try:
@@ -282,12 +282,11 @@ class Settings:
     model: str = "log"
     """A run, a checkpoint, a GPT-2 folder in the Hugging Face format, or a Hub name (gpt2)."""
     data: Path | None = None
-    """A local file of HellaSwag examples. Left out: the published validation file, fetched once."""
+    """A local file of HellaSwag examples. Default: the published validation file, fetched once."""
     limit: int = 0
-    """Use only the first so many examples. 0: all."""
+    """Use only the first N examples. 0: all."""
     style: Style = "completion"
-    """completion: unchanged text, loss per token. harness: text and loss per character as in
-    lm-evaluation-harness."""
+    """completion: text unchanged, loss per token. harness: prepared as in lm-evaluation-harness."""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"

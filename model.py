@@ -71,10 +71,10 @@ class Attention(Protocol):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with a faster way for a few rows on a CPU, as in sampling.
+    """`nn.Linear` with a faster path for few rows on a CPU, as in sampling.
 
     There `weight @ xᵀ` takes a half to a third of the time of `x @ weightᵀ`. With a single row the libraries
-    use only one thread, unless the product comes as a batch of parts.
+    use only one thread, unless the product is split into a batch of smaller ones.
     """
 
     FEW_ROWS = 16  # up to here a CPU spends its time reading the matrix, not multiplying
@@ -155,8 +155,8 @@ class GPT(nn.Module):
                 f"--n-head {config.n_head} does not divide --n-embd {config.n_embd}: change one of them"
             )
         self.config = config
-        # Built without memory first: the layers would draw initial weights of their own, and how many numbers
-        # that takes from the generator depends on the padding.
+        # Built without memory first: the layers would draw default weights, which advances the generator by
+        # an amount that depends on the padding.
         with torch.device("meta"):
             self.transformer = nn.ModuleDict(
                 {
@@ -177,7 +177,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """normal(0, 0.02); positions 0.01; residual projections 0.02/sqrt(2·n_layer); biases 0, gains 1."""
+        """normal(0, 0.02); residual projections 0.02/sqrt(2·n_layer); biases 0; LayerNorm weights 1.
+
+        Positions: normal(0, 0.01), as in openai/gpt-2.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("wpe.weight"):
                 parameter.normal_(0.0, 0.01)
@@ -213,7 +216,10 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def head(self, states: Tensor) -> Tensor:
-        """States (..., n_embd) of `hidden` -> next-token logits (..., vocab_size), without the padding."""
+        """States (..., n_embd) of `hidden` -> next-token logits (..., vocab_size), without the padding.
+
+        All sampling reads its logits from here.
+        """
         return self.lm_head(states)[..., : self.config.vocab_size]
 
     def forward(
@@ -269,9 +275,9 @@ class GPT(nn.Module):
     ) -> Iterator[list[int | None]]:
         """Like `generate`, token by token: yields the new id of each of the B rows, None once finished.
 
-        Each row draws from its own stream, seeded from `generator` (a CPU generator; None: torch's) or given
-        as one generator per row, so its draws do not depend on what else is in the batch. A row that has
-        filled all positions continues from the last half of them.
+        Each row has a random generator of its own, seeded from `generator` (a CPU generator; None: torch's)
+        or given as one of a list, so its draws do not depend on what else is in the batch. A row that has
+        filled the context continues from the last half of its tokens.
         """
         options = (temperature, top_k, top_p, generator, eos_token_id)
         return sampling.stream(self, prompts, max_new_tokens, *options)

@@ -25,7 +25,7 @@ def build_optimizers(
     adamw: AdamW for all. muon: Muon for the blocks' matrices, AdamW for the rest.
     Embeddings, including the tied head, use `embedding_lr_ratio` times the learning rate.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     embeddings = [p for n, p in named if n.endswith(("wte.weight", "wpe.weight"))]
     vectors = [p for _, p in named if p.dim() < 2]
     matrices = [(n, p) for n, p in named if p.dim() == 2 and not n.endswith(("wte.weight", "wpe.weight"))]
@@ -73,8 +73,8 @@ class Muon(torch.optim.Optimizer):
     Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", with the scale of
     Liu et al. 2025, "Muon is Scalable for LLM Training" (0.2·sqrt(larger side), AdamW's usual step size), so
     that learning rate and weight decay are those of AdamW. The same step as `torch.optim.Muon` with
-    adjust_lr_fn="match_rms_adamw"; beyond it, a group's `parts` splits its matrices' rows into that many
-    matrices, and the processes of a group share the work.
+    adjust_lr_fn="match_rms_adamw"; beyond it, a parameter group's `parts` splits each of its matrices by rows
+    into that many, and all processes share the work.
     """
 
     def __init__(
@@ -151,25 +151,25 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, s: Se
 
 
 def learning_rate_factor(
-    step: int,
+    steps_done: int,
     max_steps: int,
     warmup_steps: int,
     min_lr_ratio: float,
     schedule: Schedule,
     cooldown_fraction: float,
 ) -> float:
-    """The fraction of the peak learning rate for step `step` (0 for the first) of `max_steps`.
+    """The fraction of the peak learning rate for the step after `steps_done`, of `max_steps`.
 
     Linear warm-up to 1 over `warmup_steps`, then down to `min_lr_ratio` at the end of training:
       cosine    half a cosine (Loshchilov & Hutter 2017)
       linear    a straight line
       wsd       1, then a straight line over the last `cooldown_fraction` of all steps (Hu et al. 2024)
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
+    if steps_done < warmup_steps:
+        return (steps_done + 1) / warmup_steps
     start = warmup_steps
     if schedule == "wsd":
         start = max(warmup_steps, max_steps - round(cooldown_fraction * max_steps))
-    done = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
+    done = min(1.0, max(0.0, (steps_done - start) / max(1, max_steps - start)))
     decay = 0.5 * (1 - math.cos(math.pi * done)) if schedule == "cosine" else done
     return 1 - (1 - min_lr_ratio) * decay

@@ -27,11 +27,11 @@ class Settings:
     runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=lambda: [Path("log")])
     """Run folders, metrics.jsonl files or plain logs."""
     out: Path | None = None
-    """The figure's file (.png, .pdf, .svg). Left out: loss_curves.png in the first run's folder."""
+    """The figure's file (.png, .pdf, .svg). Default: loss_curves.png in the first run's folder."""
     log_x: bool = False
-    """Use a logarithmic scale for the steps."""
+    """Use a logarithmic step axis."""
     smooth: int = 0
-    """Steps over which the training loss is averaged, centred. 0: a fiftieth of the longest run; 1: none."""
+    """Width in steps of the training loss's centred moving average. 0: 1/50 of the longest run; 1: none."""
 
 
 def plot_run(run: Path) -> Path:

@@ -22,10 +22,9 @@ class DataSettings:
     data_dir: Path = Path("data/fineweb-edu-10b")
     """Folder of token shards, NAME_{train,val}_NNNNNN.npy."""
     dataset_repo: str = "ShallowU/FineWeb-Edu-10B-Tokens-NPY"
-    """Where missing shards come from: a data set on the Hub. builtin: Python's own documentation, made into
-    data/builtin. none: nowhere, use only what is in --data-dir."""
+    """Source of missing shards: a data set on the Hub, builtin (Python's documentation), none (no source)."""
     num_shards: int = 0
-    """Use only the first so many shards, the validation shard included. 0: all."""
+    """Use only the first N shards, including the validation shard. 0: all."""
     shuffle: bool = True
     """Visit shards, and the sequences within each, in a new random order every epoch."""
 
@@ -33,8 +32,7 @@ class DataSettings:
 @dataclass
 class RunSettings:
     preset: str = "gpt2-124m"
-    """gpt2-124m, gpt2-124m-tuned, gpt2-124m-muon, gpt2-medium, gpt2-large, gpt2-xl, rehearsal, demo, or the
-    path of a run's config.json."""
+    """gpt2-124m, gpt2-124m-tuned, gpt2-124m-muon, gpt2-medium, gpt2-large, gpt2-xl, rehearsal, demo, or the path of a run's config.json."""  # noqa: E501
     out_dir: Path = Path("log")
     """Run folder: settings, metrics, checkpoints, samples and figures."""
     max_steps: int = 19_073
@@ -58,13 +56,13 @@ class BatchSettings:
     sequence_length: int = 1024
     """Tokens per sequence."""
     loss_chunks: int = 0
-    """Compute the loss in so many chunks: more need less memory. 0: one on a GPU; of 512 tokens on a CPU."""
+    """Chunks of the loss; more use less memory. 0: one on a GPU, chunks of 512 tokens on a CPU."""
 
 
 @dataclass
 class ModelSettings:
     block_size: int = 1024
-    """Positions of the model; only the first --sequence-length of them are trained."""
+    """Context length of the model, at least --sequence-length; positions beyond that stay untrained."""
     n_layer: int = 12
     """Transformer blocks."""
     n_head: int = 12
@@ -86,9 +84,9 @@ class OptimizerSettings:
     warmup_steps: int = 715
     """Steps over which the learning rate rises to its peak."""
     schedule: Schedule = "cosine"
-    """Decay after warm-up; wsd stays at the peak and decays linearly at the end."""
+    """Decay after warm-up. wsd: hold the peak, then a line over the last --cooldown-fraction of the steps."""
     cooldown_fraction: float = 0.3
-    """Fraction of all steps that the decay of --schedule wsd takes."""
+    """Fraction of all steps spent in the decay of wsd."""
     weight_decay: float = 0.1
     """Weight decay of matrices; biases and LayerNorms have none."""
     grad_clip: float = 1.0
@@ -102,11 +100,11 @@ class EvaluationSettings:
     val_interval: int = 250
     """Steps between validations; also before the first step and after the last. 0: no validation."""
     val_tokens: int = 10_485_760
-    """Tokens per validation, always the same ones; all of them if there are fewer."""
+    """Number of validation tokens, always the first ones; fewer if there are not as many."""
     hellaswag_interval: int = 250
     """Steps between HellaSwag evaluations; also before the first step and after the last. 0: none."""
     hellaswag_data: str = ""
-    """A local file of HellaSwag examples. Left out: the published validation file, fetched once."""
+    """A local file of HellaSwag examples. Default: the published validation file, fetched once."""
     sample_interval: int = 1000
     """Steps between samples. 0: only at the end."""
     checkpoint_interval: int = 500
@@ -122,8 +120,7 @@ class MachineSettings:
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"
-    """Precision of matrix products. auto: bfloat16 if the hardware has it, float16 on older GPUs, else
-    float32."""
+    """Precision of matrix products. auto: bfloat16 if the hardware has it, else float16 (GPU) or float32."""
     compile: bool = False
     """Compile the model. On by default on CUDA only."""
     tensorboard: bool = False

@@ -1,12 +1,12 @@
 """Train GPT-2 from scratch.
 
     torchrun --standalone --nproc_per_node=8 train_gpt2.py     # the reference recipe on 8 GPUs
-    python train_gpt2.py --preset rehearsal                    # 50 steps of it, through every stage
+    python train_gpt2.py --preset rehearsal                    # 50 steps that exercise every stage of it
     python train_gpt2.py --preset demo                         # a small model on any CPU, no network
     python train_gpt2.py --preset log/config.json --out-dir log2     # repeat a run
 
-A step is one optimizer step, and `step` counts those completed: the training loss of step s is that of the
-batch behind update s, the validation loss of step s is that of the weights after it.
+A step is one optimizer step; steps count from 1. The training loss of step s is that of its batch before the
+update, the validation loss of step s that of the weights after it.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below: end without a tra
 
 import contextlib
 import dataclasses
+import gc
 import math
 import signal
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ SAMPLE_PROMPTS = ("Hello, I'm a language model,", "Hello, I'm a computer science
 
 @dataclass
 class Run:
-    """What set-up built."""
+    """What `set_up` builds and the loop uses."""
 
     settings: Settings
     rt: Runtime
@@ -64,7 +65,7 @@ class Run:
     accumulation_steps: int
     loss_chunks: int
     identity: dict[str, object]  # what a resumed run must have in common with this one
-    first_step: int  # steps already done
+    steps_done: int  # before this process started: 0, or the step of the checkpoint it resumed from
     lock: FileLock | None  # of the run folder, held by rank 0 as long as this object lives
 
     def say(self, step: int, text: str) -> None:
@@ -95,17 +96,19 @@ def set_up(s: Settings) -> Run:
     )
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
 
-    # The run folder comes last: a mistake in the settings or the data must not leave one behind.
+    # Not before now: a mistake in the settings or the data must not leave a run folder behind.
     claimed = rt.run_on_some(rt.is_main, lambda: run_folder.claim(s.out_dir, s.resume, s.overwrite))
     newest, lock = claimed or (None, None)
-    newest_step = torch.tensor(checkpoint.step_of(newest) if newest else 0, device=rt.device)
-    first_step = int(rt.all_reduce(newest_step, "MAX"))
+    steps_done = checkpoint.step_of(newest) if newest else 0
+    steps_done = int(rt.all_reduce(torch.tensor(steps_done, device=rt.device), "MAX"))
     own_identity = identity(s, model.config, train_stream)
-    if first_step:
-        folder = checkpoint.folder_of(s.out_dir, first_step)
+    if steps_done:
+        folder = checkpoint.folder_of(s.out_dir, steps_done)
         clock.add(checkpoint.restore(folder, model, optimizers, scaler, own_identity))
-    if first_step > s.max_steps:
-        raise UserError(f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {first_step}")
+    if steps_done > s.max_steps:
+        raise UserError(
+            f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {steps_done} steps"
+        )
     train_model, eval_model = wrap(model, s.compile, rt)
     facts = {
         "data": shards.describe(s.data_dir, train_stream.shards),
@@ -114,36 +117,23 @@ def set_up(s: Settings) -> Run:
         "hardware": hardware.describe(rt),
     }
     run = Run(
-        settings=s,
-        rt=rt,
-        clock=clock,
-        metrics=run_folder.open_record(s, facts, first_step, silent=not rt.is_main),
-        train_stream=train_stream,
-        val_stream=val_stream,
-        hellaswag_examples=examples,
-        model=model,
-        train_model=train_model,
-        eval_model=eval_model,
-        optimizers=optimizers,
-        scaler=scaler,
-        micro_batch_size=B,
-        accumulation_steps=sequences // B,
+        settings=s, rt=rt, clock=clock, train_stream=train_stream, val_stream=val_stream, lock=lock,
+        metrics=run_folder.open_record(s, facts, steps_done, silent=not rt.is_main),
+        hellaswag_examples=examples, model=model, train_model=train_model, eval_model=eval_model,
+        optimizers=optimizers, scaler=scaler, micro_batch_size=B, accumulation_steps=sequences // B,
         loss_chunks=s.loss_chunks or default_chunks(B * s.sequence_length, rt.device),
-        identity=own_identity,
-        first_step=first_step,
-        lock=lock,
-    )
-    introduce(run)
+        identity=own_identity, steps_done=steps_done,
+    )  # fmt: skip
+    print_setup(run)
     return run
 
 
 def prepare_data(s: Settings) -> None:
-    """Ensure shards exist in --data-dir, all that its manifest lists."""
+    """Fetch or build missing shards; ensure that --data-dir holds every shard that its manifest lists."""
     if s.dataset_repo == "builtin" and s.data_dir == PRESETS["demo"].data_dir:
         builtin_corpus.complete(s.data_dir)
     elif s.dataset_repo not in ("builtin", "none"):
         fetch_tokens_hf.fetch(s.dataset_repo, s.data_dir, s.num_shards)
-    shards.find_shards(s.data_dir, s.num_shards)
     shards.check_complete(s.data_dir, s.num_shards)
 
 
@@ -170,29 +160,26 @@ def build_model(s: Settings, device: torch.device) -> GPT:
 
 
 def wrap(model: GPT, compiled: bool, rt: Runtime) -> tuple[nn.Module, nn.Module]:
-    """The forms of the model that train and validate: with DDP for several processes, and compiled."""
+    """The modules to call in training (with DDP if there are several processes) and in validation."""
     train_model: nn.Module = model
     if rt.world_size > 1:
         train_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if not compiled:
         return train_model, model
-    # DDP is compiled with the model, so that gradients travel while earlier ones are still being computed.
     eval_model = torch.compile(model)
+    # DDP is compiled together with the model, so that its all-reduce overlaps with the backward pass.
     return eval_model if rt.world_size == 1 else torch.compile(train_model), eval_model
 
 
 def identity(s: Settings, config: GPTConfig, stream: TokenStream) -> dict[str, object]:
     """What the order of the data and the shape of the state depend on: a resumed run must have the same."""
     names = ("sequence_length", "total_batch_size", "seed", "shuffle", "optimizer")
-    return {
-        "model": dataclasses.asdict(dataclasses.replace(config, padded_vocab_size=0)),
-        "data": stream.fingerprint(),
-        **{name: getattr(s, name) for name in names},
-    }
+    model = dataclasses.asdict(dataclasses.replace(config, padded_vocab_size=0))
+    return {"model": model, "data": stream.fingerprint(), **{name: getattr(s, name) for name in names}}
 
 
-def introduce(run: Run) -> None:
-    """Say what is about to be trained, on what."""
+def print_setup(run: Run) -> None:
+    """Print what is about to be trained, on which data and machine."""
     s, rt, config, n = run.settings, run.rt, run.model.config, run.accumulation_steps
     T, compiled = s.sequence_length, "compiled" if s.compile else "not compiled"
     attention = hardware.attention_backend(rt, config.n_head, config.n_embd // config.n_head, T)
@@ -204,9 +191,9 @@ def introduce(run: Run) -> None:
         f"batch      {s.total_batch_size:,} tokens = {run.micro_batch_size} x {T} x {processes} x {rounds}"
     )
     rt.say(f"device     {hardware.describe(rt)['name']}, {rt.dtype}, {compiled}, {attention} attention")
-    rt.say(f"run        {s.out_dir}: steps {run.first_step} to {s.max_steps}")
+    rt.say(f"run        {s.out_dir}: steps {run.steps_done} to {s.max_steps}")
     if T < config.block_size:
-        rt.say(f"warning: positions from {T} on are not trained: --block-size {T} leaves them out")
+        rt.say(f"warning: positions {T} and above are never trained: --block-size {T} drops them")
 
 
 # ---------------------------------------------------------------- training
@@ -215,34 +202,44 @@ def introduce(run: Run) -> None:
 def train(s: Settings) -> int:
     """Train as the settings say. Returns the exit status: 0, or 128 + signal if one ended the run."""
     run = set_up(s)
-    stop = StopSignal(announce=run.rt.is_main)
+    rt, status = run.rt, run_steps(run)
+    # The process group is left with no model alive: a DDP reducer torn down at exit can hang or abort.
+    del run
+    torch.compiler.reset()
+    gc.collect()
+    rt.close()
+    return status
+
+
+def run_steps(run: Run) -> int:
+    """All optimizer steps that are left, and what is due between them. Returns the exit status."""
+    s, rt = run.settings, run.rt
+    stop = StopSignal(announce=rt.is_main)
     batches = dataloader.train_batches(
-        run.train_stream, run.first_step, s.total_batch_size // s.sequence_length, run.micro_batch_size,
-        run.rt.rank, run.rt.world_size, run.rt.device,
+        run.train_stream, run.steps_done, s.total_batch_size // s.sequence_length, run.micro_batch_size,
+        rt.rank, rt.world_size, rt.device,
     )  # fmt: skip
-    if run.first_step == 0:
+    if run.steps_done == 0:
         evaluate(run, 0)
-    progress = follow(run)
+    progress = make_progress(run)
     with contextlib.closing(batches), run.clock("training"):
-        for step in range(run.first_step + 1, s.max_steps + 1):
+        for step in range(run.steps_done + 1, s.max_steps + 1):
             lr = optim.set_learning_rates(run.optimizers, step, s)
             progress.add(step, lr, update(run, batches, stop))  # nothing waits for the device
             last = step == s.max_steps
             pause = last or is_due(
                 step, s.val_interval, s.hellaswag_interval, s.sample_interval, s.checkpoint_interval
             )
-            stopped = progress.report(catch_up=pause)  # otherwise one step behind a GPU
+            stopped = progress.report(catch_up=pause)  # a signal's number, read with the step's numbers
             if pause or stopped:
                 evaluate(run, step)
             if last or stopped or is_due(step, s.checkpoint_interval):
                 save(run, step)
             if stopped and not last:
-                how = run_folder.how_to_continue(s.out_dir, s.overwrite, run.rt.world_size)
-                run.rt.say(f"stopped by {signal.Signals(stopped).name} after step {step}: {how}")
-                run.rt.close()
+                how = run_folder.how_to_continue(s.out_dir, s.overwrite, rt.world_size)
+                rt.say(f"stopped by {signal.Signals(stopped).name} after step {step}: {how}")
                 return 128 + stopped
     finish(run)
-    run.rt.close()
     return 0
 
 
@@ -251,21 +248,16 @@ def is_due(step: int, *intervals: int) -> bool:
     return any(interval > 0 and step % interval == 0 for interval in intervals)
 
 
-def follow(run: Run) -> Progress:
+def make_progress(run: Run) -> Progress:
     """The object that prints and records steps: at once on a CPU, one step late on a GPU."""
     s, rt = run.settings, run.rt
     return Progress(
-        run.metrics,
-        rt.say,
-        run.clock,
-        first_step=run.first_step,
-        max_steps=s.max_steps,
-        tokens_per_step=s.total_batch_size,
+        run.metrics, rt.say, run.clock, steps_done=run.steps_done, max_steps=s.max_steps,
+        tokens_per_step=s.total_batch_size, max_bad_steps=s.max_bad_steps,
         flops_per_token=run.model.config.flops_per_token(s.sequence_length),
         peak_flops=hardware.peak_flops(rt.device, rt.dtype) * rt.world_size,
-        max_bad_steps=s.max_bad_steps,
         lag=0 if rt.device.type == "cpu" else 1,
-    )
+    )  # fmt: skip
 
 
 def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal) -> Tensor:
@@ -278,7 +270,8 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal)
     loss_sum = torch.zeros((), device=rt.device)
     for micro_step in range(n):
         x, y = next(batches)
-        # DDP averages gradients over the processes in backward: once per step, in its last micro-batch.
+        # DDP averages the gradients over all processes inside backward(), overlapping with it; no_sync()
+        # postpones that to the last micro-batch of the step.
         local = rt.world_size > 1 and micro_step < n - 1
         with run.train_model.no_sync() if local else contextlib.nullcontext():
             with rt.autocast():
@@ -288,8 +281,8 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
-    # Filled on the device: copying a number there would wait for it.
-    signals = [torch.full_like(loss_sum, stop.number == n) for n in (signal.SIGTERM, signal.SIGINT)]
+    # The loss and the signals travel together. full_like fills on the device: a copy would synchronise.
+    signals = [torch.full_like(loss_sum, stop.number == number) for number in (signal.SIGTERM, signal.SIGINT)]
     mean_loss, *signals = rt.all_reduce(torch.stack([loss_sum / rt.world_size, *signals]))
     optim.step(run.optimizers, run.scaler, finite=(mean_loss + grad_norm).isfinite().float())
     return torch.stack([mean_loss, grad_norm, *signals])
@@ -299,7 +292,7 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal)
 
 
 def evaluate(run: Run, step: int) -> None:
-    """Validation, HellaSwag and samples, each if it is due after `step` or the run ends there."""
+    """Validation and HellaSwag if due after `step`, or if it is the last; samples if due (not the last)."""
     s, rt = run.settings, run.rt
     last = step == s.max_steps
     with run.clock("evaluation"):
@@ -399,7 +392,7 @@ def main() -> int:
         return train(settings)
     except torch.OutOfMemoryError as error:
         record = settings.out_dir / run_folder.CONFIG
-        raise UserError(f"out of GPU memory: lower --micro-batch-size ({record} says what it was)") from error
+        raise UserError(f"out of GPU memory: lower --micro-batch-size (its value is in {record})") from error
 
 
 if __name__ == "__main__":

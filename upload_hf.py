@@ -50,13 +50,13 @@ class Settings:
     dry_run: bool = False
     """Only show the model card and list what would be sent."""
     checkpoint: int | None = None
-    """Step of the checkpoint to send. Left out: the newest."""
+    """Step of the checkpoint to send. Default: the newest."""
     revision: str = ""
     """Tag for this upload, so that `from_pretrained(..., revision=TAG)` finds it later."""
     license: str = ""
-    """Licence to state on the model card, such as mit. Left out: the data set's, if its card states one."""
+    """Licence to state on the model card, such as mit. Default: the data set's, if its card states one."""
     language: str = ""
-    """Language to state on the model card, such as en. Left out: the data set's, if its card states one."""
+    """Language to state on the model card, such as en. Default: the data set's, if its card states one."""
     convert: Path | None = None
     """Instead of uploading, convert this older .pt checkpoint to the folder --out."""
     out: Path | None = None

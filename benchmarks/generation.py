@@ -26,7 +26,7 @@ from support import cli, run_folder
 @dataclass
 class Settings:
     model: str = ""
-    """A run, a folder or a Hub name. Left out: random weights in the shape of GPT-2 124M."""
+    """A run, a folder or a Hub name. Default: random weights in the shape of GPT-2 124M."""
     prompt_tokens: int = 16
     """Length of the prompt."""
     new_tokens: int = 64

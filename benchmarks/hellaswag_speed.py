@@ -25,11 +25,11 @@ from support.cli import Dtype
 @dataclass
 class Settings:
     model: str = ""
-    """A run, a folder or a Hub name. Left out: random weights in the shape of GPT-2 124M."""
+    """A run, a folder or a Hub name. Default: random weights in the shape of GPT-2 124M."""
     data: Path | None = None
-    """A local HellaSwag file. Left out: the published validation file, fetched once."""
+    """A local HellaSwag file. Default: the published validation file, fetched once."""
     limit: int = 100
-    """Only the first so many examples. 0: all."""
+    """Only the first N examples. 0: all."""
     rounds: int = 3
     """How often each way is measured; the median counts."""
     device: str = "auto"

@@ -202,7 +202,7 @@ class Settings:
     data_dir: Path = PRESETS["gpt2-124m"].data_dir
     """Folder for the shards."""
     num_shards: int = 0
-    """Fetch only the first so many shards, the validation shard included. 0: all."""
+    """Fetch only the first N shards, including the validation shard. 0: all."""
 
 
 def main() -> None:

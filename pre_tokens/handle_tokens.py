@@ -25,13 +25,11 @@ FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT", "87f09149ef4734204d70
 @dataclass
 class Settings:
     source: Literal["fineweb-edu", "builtin"] = "fineweb-edu"
-    """Where the text comes from, without --files or --repo-id. fineweb-edu: sample-10BT of
-    HuggingFaceFW/fineweb-edu, streamed from the Hub. builtin: Python's own documentation."""
+    """Text without --files or --repo-id: FineWeb-Edu's sample-10BT on the Hub, or Python's documentation."""
     files: list[str] = field(default_factory=list)
     """Files and globs on this machine: .txt, .jsonl, .jsonl.gz, .parquet."""
     document_separator: str = ""
-    """What separates the documents in a .txt file; \\n and \\t are a newline and a tab. Empty: each file is
-    one document."""
+    """Separator of documents in a .txt file (\\n and \\t are escapes). Empty: each file is one document."""
     repo_id: str = ""
     """A data set on the Hub with parquet files, USER/NAME."""
     subset: str = ""
@@ -39,11 +37,11 @@ class Settings:
     revision: str = "main"
     """Branch, tag or commit of --repo-id. FineWeb-Edu is pinned to one commit unless another is given."""
     text_column: str = "text"
-    """The column or key of the text in .jsonl and .parquet files."""
+    """Column or key that holds the text in .jsonl and .parquet files."""
     out_dir: Path = Path("data/fineweb-edu-10b")
     """Folder for the shards."""
     name: str = ""
-    """First part of the shards' file names. Empty: edufineweb or builtin, else the name of --out-dir."""
+    """File name prefix of the shards. Empty: edufineweb or builtin, else the name of --out-dir."""
     shard_size: int = 0
     """Tokens per shard; the first shard is for validation. 0: 100 million, 60,000 for builtin."""
     workers: int = 0

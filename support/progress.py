@@ -96,7 +96,7 @@ class Progress:
         run_metrics: metrics.Metrics,
         say: Callable[[str], None],
         clock: Clock,
-        first_step: int,
+        steps_done: int,
         max_steps: int,
         tokens_per_step: int,
         flops_per_token: float,
@@ -104,9 +104,9 @@ class Progress:
         max_bad_steps: int,
         lag: int,
     ) -> None:
-        """first_step: the steps already done. lag: how many steps may be left unreported."""
+        """steps_done: before this process started. lag: how many steps may be left unreported."""
         self.metrics, self.say, self.clock = run_metrics, say, clock
-        self.first_step, self.max_steps = first_step, max_steps
+        self.steps_done, self.max_steps = steps_done, max_steps
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak_flops = peak_flops
         self.max_bad_steps = max_bad_steps
@@ -144,7 +144,7 @@ class Progress:
         tokens_per_sec = self.tokens_per_step / duration
         mfu = self.flops_per_token * tokens_per_sec / self.peak_flops
         elapsed = time.perf_counter() - self.started
-        left = int(elapsed / (step - self.first_step) * (self.max_steps - step))
+        left = int(elapsed / (step - self.steps_done) * (self.max_steps - step))
         self.say(
             f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
             f"{1000 * duration:.0f} ms | {tokens_per_sec:,.0f} tokens/s | MFU {100 * mfu:.1f} % | "

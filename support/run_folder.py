@@ -73,25 +73,25 @@ class Settings(Protocol):
 
 
 def open_record(
-    settings: Settings, facts: dict[str, object], first_step: int, silent: bool
+    settings: Settings, facts: dict[str, object], steps_done: int, silent: bool
 ) -> metrics.Metrics:
     """Write config.json, open metrics.jsonl, and say and record which settings a resume has changed.
 
-    facts: what config.json records beside settings, versions and commit. silent: touch nothing.
+    facts: what config.json records besides settings, versions and commit. silent: touch nothing.
     """
     out_dir = settings.out_dir
     if silent:
         return metrics.Metrics(out_dir / METRICS, silent=True)
     record = describe(settings, facts)
-    changed = changed_settings(out_dir / CONFIG, record["settings"]) if first_step else {}
+    changed = changed_settings(out_dir / CONFIG, record["settings"]) if steps_done else {}
     trackers = [metrics.tensorboard_tracker(out_dir / "tensorboard")] if settings.tensorboard else []
     trackers += [metrics.wandb_tracker(record, out_dir)] if settings.wandb else []
     write_json(out_dir / CONFIG, record)
-    opened = metrics.Metrics(out_dir / METRICS, first_step or None, trackers)
+    opened = metrics.Metrics(out_dir / METRICS, steps_done or None, trackers)
     processes = facts["hardware"]["processes"]
-    opened.log(first_step, "event", name="resume" if first_step else "start", processes=processes)
+    opened.log(steps_done, "event", name="resume" if steps_done else "start", processes=processes)
     if changed:
-        opened.log(first_step, "event", name="settings changed", **changed)
+        opened.log(steps_done, "event", name="settings changed", **changed)
     for name, (before, now) in changed.items():
         print(f"changed    --{name.replace('_', '-')} was {before}, is now {now}")
     return opened
