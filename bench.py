@@ -26,15 +26,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dataloader
 import optim
+import train_gpt2
 from model import GPT, GPTConfig
 from pre_tokens.shards import find_shards
 from settings import PRESETS
@@ -157,6 +159,27 @@ def micro_batches(s: Settings, B: int, T: int, device: torch.device) -> Iterator
         yield part[:-1].view(B, T).to(device), part[1:].view(B, T).to(device)
 
 
+def timed(batches: Iterator[tuple[Tensor, Tensor]], watch: Stopwatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches; the watch learns when each is asked for and when it comes."""
+    while True:
+        watch.mark("backward")  # of the micro-batch before
+        batch = next(batches)
+        watch.mark("data")
+        yield batch
+
+
+class TimedModel:
+    """Calls a model and marks the end of its forward pass."""
+
+    def __init__(self, model: nn.Module, watch: Stopwatch) -> None:
+        self.model, self.watch = model, watch
+
+    def __call__(self, *args: object) -> object:
+        result = self.model(*args)
+        self.watch.mark("forward")
+        return result
+
+
 def measure(s: Settings) -> dict[str, object]:
     """Time training steps as the settings say."""
     rt = runtime.start(s.device, s.dtype)
@@ -168,40 +191,30 @@ def measure(s: Settings) -> dict[str, object]:
     p = PRESETS[s.preset]
     name = p.optimizer if s.optimizer == "preset" else s.optimizer
     optimizers = optim.build_optimizers(model, name, p.learning_rate, p.embedding_lr_ratio, p.weight_decay)
-    step_model = torch.compile(model) if s.compile else model
-    batches = micro_batches(s, B, T, rt.device)
+    watch = Stopwatch(rt.device)
+    optimizers[0].register_step_pre_hook(lambda *_: watch.mark("backward"))
+    batches = timed(micro_batches(s, B, T, rt.device), watch)
+    # What `update` uses of a run.
+    run = SimpleNamespace(
+        settings=p, rt=rt, model=model, train_model=TimedModel(rt.wrap(model, s.compile)[0], watch),
+        optimizers=optimizers, scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
+        accumulation_steps=s.accumulation_steps, loss_chunks=loss_chunks,
+    )  # fmt: skip
     tokens = s.accumulation_steps * B * T
 
-    begin = time.perf_counter()
-    watches = []
-    kernel = KERNELS.get(s.attention)
+    begin, kernel = time.perf_counter(), KERNELS.get(s.attention)
     with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
         for step in range(s.warmup + s.steps):
-            watch = Stopwatch(rt.device)
-            watch.mark("start")
-            for _ in range(s.accumulation_steps):
-                x, y = next(batches)
-                watch.mark("data")
-                with rt.autocast():
-                    _, batch_loss = step_model(x, y, loss_chunks)
-                watch.mark("forward")
-                (batch_loss / s.accumulation_steps).backward()
-                watch.mark("backward")
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            watch.start_lap()
+            numbers = train_gpt2.update(run, batches, SimpleNamespace(number=0))
             watch.mark("optimizer")
             if s.sync:
-                rt.synchronize()
-                batch_loss.item()
-            if step >= s.warmup:
-                watches.append(watch)
-            elif step == s.warmup - 1:
+                numbers.tolist()
+            if step == s.warmup - 1:
                 rt.synchronize()
                 warmup_seconds = time.perf_counter() - begin
     batches.close()
-    seconds = [watch.seconds() for watch in watches]
+    seconds = watch.seconds()[s.warmup :]
     durations = [sum(part.values()) for part in seconds]
     median = statistics.median(durations)
     peak = hardware.peak_flops(rt.device, rt.dtype)
@@ -233,8 +246,8 @@ def measure(s: Settings) -> dict[str, object]:
 
 def describe(result: dict[str, object]) -> str:
     """A measurement for a person to read."""
-    machine, parts = result["hardware"], result["parts_ms"]
-    share = {part: f"{part} {ms:,.1f}" for part, ms in parts.items()}
+    machine = result["hardware"]
+    parts = ", ".join(f"{part} {ms:,.1f}" for part, ms in result["parts_ms"].items())
     return (
         f"{machine['name']}, {machine['dtype']}, torch {result['torch']}, "
         f"{'compiled' if result['compiled'] else 'eager'}\n"
@@ -243,7 +256,7 @@ def describe(result: dict[str, object]) -> str:
         f"speed      {result['tokens_per_sec']:,.0f} tokens/s\n"
         f"step       {result['step_ms']:,.1f} ms, from {result['step_ms_min']:,.1f} to "
         f"{result['step_ms_max']:,.1f}\n"
-        f"parts      {', '.join(share.values())} ms\n"
+        f"parts      {parts} ms\n"
         f"MFU        {100 * result['mfu']:.1f} % of {result['peak_tflops']:,.2f} TFLOP/s, at "
         f"{result['flops_per_token'] / 1e6:,.0f} MFLOP per token (6N + 12·L·d·T)\n"
         f"memory     {result['memory_gb']:.2f} GB at most\n"

@@ -112,7 +112,7 @@ def prepare(data: str, rt: Runtime) -> list[Example]:
     if data:
         return load(Path(data))
     try:
-        rt.run_on_some(rt.local_rank == 0, fetch)
+        rt.run_on_some(rt.local_rank == 0, fetch, fetches=True)
     except UserError as error:
         rt.say(f"warning: continuing without HellaSwag: {error}")
         return []
@@ -299,7 +299,7 @@ def main() -> None:
         raise UserError(f"--limit {s.limit}: must be at least 0")
     rt = runtime.start(s.device, s.dtype)
     if s.data is None:
-        rt.run_on_some(rt.local_rank == 0, fetch)
+        rt.run_on_some(rt.local_rank == 0, fetch, fetches=True)
     examples = load(s.data, s.style, s.limit)
     model = GPT.from_pretrained(run_folder.find_model(s.model)).to(rt.device)
     begin = time.perf_counter()

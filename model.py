@@ -293,4 +293,4 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors (fp32) and its configuration, for transformers to read."""
-        pretrained.save(self, Path(folder))
+        pretrained.save(Path(folder), pretrained.copy_weights(self), self.config)

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import dataloader
 import hellaswag
@@ -35,14 +34,12 @@ from dataloader import TokenStream
 from model import GPT, GPTConfig
 from pre_tokens import builtin_corpus, fetch_tokens_hf, shards
 from settings import PRESETS, Settings, check_settings, read_settings
-from support import checkpoint, cli, files, hardware, metrics, run_folder, runtime, tokenizer
+from support import checkpoint, cli, files, hardware, metrics, run_folder, runtime, sampling, tokenizer
 from support.cli import UserError
 from support.loss import default_chunks
 from support.metrics import Metrics
 from support.progress import Clock, Progress
 from support.runtime import Runtime, StopSignal
-
-SAMPLE_PROMPTS = ("Hello, I'm a language model,", "Hello, I'm a computer science student,")
 
 
 @dataclass
@@ -65,6 +62,7 @@ class Run:
     accumulation_steps: int
     loss_chunks: int
     identity: dict[str, object]  # what a resumed run must have in common with this one
+    writer: checkpoint.Writer
     steps_done: int  # before this process started: 0, or the step of the checkpoint it resumed from
     lock: FileLock | None  # of the run folder, held by rank 0 as long as this object lives
 
@@ -81,7 +79,7 @@ def set_up(s: Settings) -> Run:
     check_settings(s, runtime.world_size())
     rt, clock = runtime.start(s.device, s.dtype), Clock()
     with clock("data"):
-        rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s))
+        rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
         data = shards.find_shards(s.data_dir, s.num_shards)
         train_stream = TokenStream(data["train"], s.sequence_length, s.seed, s.shuffle)
         val_stream = TokenStream(data["val"], s.sequence_length)
@@ -109,7 +107,7 @@ def set_up(s: Settings) -> Run:
         raise UserError(
             f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {steps_done} steps"
         )
-    train_model, eval_model = wrap(model, s.compile, rt)
+    train_model, eval_model = rt.wrap(model, s.compile)
     facts = {
         "data": shards.describe(s.data_dir, train_stream.shards),
         "micro_batch_size": B,
@@ -122,7 +120,7 @@ def set_up(s: Settings) -> Run:
         hellaswag_examples=examples, model=model, train_model=train_model, eval_model=eval_model,
         optimizers=optimizers, scaler=scaler, micro_batch_size=B, accumulation_steps=sequences // B,
         loss_chunks=s.loss_chunks or default_chunks(B * s.sequence_length, rt.device),
-        identity=own_identity, steps_done=steps_done,
+        identity=own_identity, writer=checkpoint.Writer(), steps_done=steps_done,
     )  # fmt: skip
     print_setup(run)
     return run
@@ -157,18 +155,6 @@ def build_model(s: Settings, device: torch.device) -> GPT:
             f"lower it, or change {fix}"
         )
     return model.to(device)
-
-
-def wrap(model: GPT, compiled: bool, rt: Runtime) -> tuple[nn.Module, nn.Module]:
-    """The modules to call in training (with DDP if there are several processes) and in validation."""
-    train_model: nn.Module = model
-    if rt.world_size > 1:
-        train_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if not compiled:
-        return train_model, model
-    eval_model = torch.compile(model)
-    # DDP is compiled together with the model, so that its all-reduce overlaps with the backward pass.
-    return eval_model if rt.world_size == 1 else torch.compile(train_model), eval_model
 
 
 def identity(s: Settings, config: GPTConfig, stream: TokenStream) -> dict[str, object]:
@@ -224,6 +210,7 @@ def run_steps(run: Run) -> int:
     progress = make_progress(run)
     with contextlib.closing(batches), run.clock("training"):
         for step in range(run.steps_done + 1, s.max_steps + 1):
+            progress.begin()
             lr = optim.set_learning_rates(run.optimizers, step, s)
             progress.add(step, lr, update(run, batches, stop))  # nothing waits for the device
             last = step == s.max_steps
@@ -234,7 +221,7 @@ def run_steps(run: Run) -> int:
             if pause or stopped:
                 evaluate(run, step)
             if last or stopped or is_due(step, s.checkpoint_interval):
-                save(run, step)
+                save(run, step, wait=last or stopped > 0)
             if stopped and not last:
                 how = run_folder.how_to_continue(s.out_dir, s.overwrite, rt.world_size)
                 rt.say(f"stopped by {signal.Signals(stopped).name} after step {step}: {how}")
@@ -249,14 +236,13 @@ def is_due(step: int, *intervals: int) -> bool:
 
 
 def make_progress(run: Run) -> Progress:
-    """The object that prints and records steps: at once on a CPU, one step late on a GPU."""
+    """The object that prints and records steps."""
     s, rt = run.settings, run.rt
     return Progress(
-        run.metrics, rt.say, run.clock, steps_done=run.steps_done, max_steps=s.max_steps,
+        run.metrics, rt.say, rt.device, steps_done=run.steps_done, max_steps=s.max_steps,
         tokens_per_step=s.total_batch_size, max_bad_steps=s.max_bad_steps,
         flops_per_token=run.model.config.flops_per_token(s.sequence_length),
         peak_flops=hardware.peak_flops(rt.device, rt.dtype) * rt.world_size,
-        lag=0 if rt.device.type == "cpu" else 1,
     )  # fmt: skip
 
 
@@ -306,7 +292,9 @@ def evaluate(run: Run, step: int) -> None:
             run.say(step, f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}")
             run.metrics.log(step, "hellaswag", acc=score.acc, acc_norm=score.acc_norm, n=score.n)
         if step and is_due(step, s.sample_interval) and not last and rt.is_main:
-            for text in draw_samples(run)[::3]:
+            with rt.autocast():
+                samples = sampling.draw_samples(run.model, s.seed)
+            for text in samples[::3]:
                 run.say(step, f"sample: {text!r}")
                 run.metrics.log(step, "event", name="sample", text=text)
         rt.barrier()
@@ -330,25 +318,19 @@ def validate(run: Run) -> float:
     return float(total) / (n_sequences * s.sequence_length)
 
 
-def draw_samples(run: Run) -> list[str]:
-    """Three continuations of each prompt, 64 tokens long, by top-50 sampling."""
-    enc = tokenizer.get_encoding()
-    prompts = [enc.encode_ordinary(prompt) for prompt in SAMPLE_PROMPTS for _ in range(3)]
-    generator = torch.Generator().manual_seed(run.settings.seed)
-    end = tokenizer.END_OF_TEXT_ID
-    with run.rt.autocast():
-        rows = run.model.generate(
-            prompts, 64, temperature=0.8, top_k=50, generator=generator, eos_token_id=end
-        )
-    return [enc.decode([token for token in row if token != end]) for row in rows]
+def save(run: Run, step: int, wait: bool) -> None:
+    """Write the checkpoint of `step` in the background, or, with `wait`, before returning.
 
-
-def save(run: Run, step: int) -> None:
-    """Write the checkpoint of `step`; in a rehearsal, also load it and continue from what was read."""
+    In a rehearsal, also load it and continue from what was read. A write that fails is recorded, and the next
+    one awaited: if that fails too, it raises UserError.
+    """
     s, rt = run.settings, run.rt
     folder = checkpoint.folder_of(s.out_dir, step)
     with run.clock("checkpoints"):
         if rt.is_main:
+            if failure := run.writer.wait():
+                run.say(step, f"warning: {failure}")
+                run.metrics.log(step, "event", name="checkpoint failed", reason=str(failure))
             run.metrics.sync()
             state = {
                 "step": step,
@@ -357,10 +339,13 @@ def save(run: Run, step: int) -> None:
                 "scaler": run.scaler.state_dict(),
                 "seconds": run.clock.seconds(),
             }
-            checkpoint.save(s.out_dir, step, run.model, state, s.keep_checkpoints)
-            run.say(step, f"checkpoint {folder}")
-        rt.barrier()
+            message = f"step {step}/{s.max_steps} | checkpoint {folder}"
+            snapshot = checkpoint.snapshot(run.model, state)
+            run.writer.start(s.out_dir, step, snapshot, s.keep_checkpoints, message)
+            if (wait or failure or s.reload_checkpoints) and (failure := run.writer.wait()):
+                raise failure
         if s.reload_checkpoints:
+            rt.barrier()
             checkpoint.restore(folder, run.model, run.optimizers, run.scaler, run.identity)
             run.say(step, "checkpoint loaded back")
 
@@ -369,7 +354,8 @@ def finish(run: Run) -> None:
     """Write samples.txt, summary.json and loss_curves.png, and say where they are."""
     s, rt, folder = run.settings, run.rt, run.settings.out_dir
     if rt.is_main:
-        samples = draw_samples(run)
+        with rt.autocast():
+            samples = sampling.draw_samples(run.model, s.seed)
         files.write_atomically(folder / run_folder.SAMPLES, "\n\n---\n\n".join(samples) + "\n")
         tokens, seconds = s.max_steps * s.total_batch_size, run.clock.seconds()
         machine, n_parameters = hardware.describe(rt), run.model.config.n_parameters

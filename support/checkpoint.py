@@ -5,7 +5,8 @@
         training_state.pt                                     optimizer state and step, for resuming
         SHA256SUMS                                            of all other files, for `sha256sum -c`
 
-A checkpoint is written to a folder with a temporary name, flushed to the disk, then renamed.
+A checkpoint is written to a folder with a temporary name, flushed to the disk, then renamed. Training waits
+only for a copy of the state in the host's memory; a `Writer` does the rest in the background.
 """
 
 import json
@@ -13,12 +14,14 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from support import pretrained, tokenizer
 from support.cli import UserError
@@ -51,10 +54,59 @@ def folders(out_dir: Path) -> list[Path]:
 # ---------------------------------------------------------------- writing
 
 
-def save(out_dir: Path, step: int, model: nn.Module, training_state: dict[str, object], keep: int) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep`. Returns its folder.
+@dataclass
+class Snapshot:
+    """What a checkpoint contains, in the host's memory: training can continue while it is written."""
+
+    weights: dict[str, Tensor]
+    config: pretrained.ModelShape
+    training_state: dict[str, object]
+
+
+def snapshot(model: nn.Module, training_state: dict[str, object]) -> Snapshot:
+    """Copy a model and its training state.
 
     training_state: tensors, numbers, strings, lists and dictionaries only, since nothing else is loaded.
+    """
+    return Snapshot(pretrained.copy_weights(model), model.config, _copied(training_state))
+
+
+def _copied(value: object) -> object:
+    """A deep copy with all tensors in the host's memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class Writer:
+    """Writes one checkpoint at a time in the background."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+
+    def start(self, out_dir: Path, step: int, state: Snapshot, keep: int, message: str) -> None:
+        """Start to `save`; print `message` once the checkpoint is on the disk. `wait` before the next."""
+        assert self.writing is None
+        self.writing = self.pool.submit(self._save, out_dir, step, state, keep, message)
+
+    def _save(self, out_dir: Path, step: int, state: Snapshot, keep: int, message: str) -> None:
+        save(out_dir, step, state, keep)
+        print(message)
+
+    def wait(self) -> UserError | None:
+        """Wait for the checkpoint that is being written, if any; returns why it could not be written."""
+        writing, self.writing = self.writing, None
+        error = writing.exception() if writing else None
+        if error is None or isinstance(error, UserError):
+            return error
+        raise error
+
+
+def save(out_dir: Path, step: int, state: Snapshot, keep: int) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep`. Returns its folder.
+
+    Raises UserError if it cannot be written; then the earlier checkpoints are all still there.
     """
     folder = folder_of(out_dir, step)
     parent = folder.parent
@@ -66,9 +118,9 @@ def save(out_dir: Path, step: int, model: nn.Module, training_state: dict[str, o
     temporary = parent / (UNFINISHED + folder.name)
     try:
         temporary.mkdir()
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary, model.config.block_size)
-        torch.save(training_state, temporary / TRAINING_STATE)
+        pretrained.save(temporary, state.weights, state.config)
+        tokenizer.save_pretrained(temporary, state.config.block_size)
+        torch.save(state.training_state, temporary / TRAINING_STATE)
         sums = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
         (temporary / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
         for file in temporary.iterdir():

@@ -8,6 +8,7 @@ has no padding rows, and four matrices per block are transposed, since GPT2LMHea
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -24,6 +25,16 @@ WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+class ModelShape(Protocol):
+    """The sizes of a model: GPTConfig has them."""
+
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
 def without_padding(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
     """A view of a parameter, or of a tensor of its shape, without the embedding's padding rows."""
     return tensor[:vocab_size] if name.endswith("wte.weight") and tensor.dim() == 2 else tensor
@@ -35,24 +46,32 @@ def as_stored(name: str, parameter: Tensor, vocab_size: int) -> Tensor:
     return view.t() if name.endswith(CONV1D_WEIGHTS) else view
 
 
-def save(model: nn.Module, folder: Path) -> None:
-    """Write model.safetensors (fp32), config.json and generation_config.json, for transformers to read."""
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's parameters as a file stores them: by name, fp32, in the host's memory."""
+    copies = {}
+    for name, parameter in model.named_parameters():
+        view = as_stored(name, parameter.detach(), model.config.vocab_size)
+        # Made contiguous on the device, where transposing is fast.
+        copies[name] = view.float().contiguous().to("cpu", copy=True)
+    return copies
+
+
+def save(folder: Path, weights: dict[str, Tensor], config: ModelShape) -> None:
+    """Write model.safetensors, config.json and generation_config.json, for transformers to read.
+
+    weights: as `copy_weights` returns them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: as_stored(name, parameter.detach(), model.config.vocab_size).float().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-    }
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)  # the library makes it readable by its owner only
     for name, content in (
-        ("config.json", _huggingface_config(model)),
+        ("config.json", _huggingface_config(config)),
         ("generation_config.json", {"bos_token_id": 50256, "eos_token_id": 50256}),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _huggingface_config(model: nn.Module) -> dict[str, object]:
-    config = model.config
+def _huggingface_config(config: ModelShape) -> dict[str, object]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -94,10 +113,10 @@ def load(name_or_folder: str | Path, build: Callable[..., nn.Module]) -> nn.Modu
         raise UserError(f"{folder}: config.json describes a model of another shape than the weights")
     with torch.device("meta"):  # no memory, and no initial weights drawn
         model = build(**sizes)
-    _copy_weights(model, tensors, folder)  # to nowhere: checks names and shapes
+    _fill(model, tensors, folder)  # to nowhere: checks names and shapes
     model.to_empty(device="cpu")
     model.tie_weights()
-    _copy_weights(model, tensors, folder)
+    _fill(model, tensors, folder)
     return model
 
 
@@ -106,11 +125,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
     Raises UserError if a file is missing or damaged, or contains a model of another shape.
     """
-    _copy_weights(model, _read_tensors(folder), folder)
+    _fill(model, _read_tensors(folder), folder)
 
 
 @torch.no_grad()
-def _copy_weights(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     vocab_size = model.config.vocab_size
     for name, parameter in model.named_parameters():
         target, tensor = as_stored(name, parameter, vocab_size), tensors.get(name)

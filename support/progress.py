@@ -2,10 +2,12 @@
 
 import collections
 import contextlib
+import itertools
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,70 +59,113 @@ class Clock:
             self._seconds[activity] += duration
 
 
-class Stopwatch:
-    """Times between marks, taken with the device's own events on CUDA, so that marking never waits for it."""
+class Mark:
+    """A moment, as the device sees it: on CUDA between two pieces of enqueued work, so it never waits."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, object]] = []
+        self.event = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+        self.time = time.perf_counter()
+
+    def wait(self) -> None:
+        """Wait until the device has got there, and no further."""
+        if self.event:
+            self.event.synchronize()
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """Seconds between two marks that have both been reached."""
+        if self.event:
+            return earlier.event.elapsed_time(self.event) / 1000
+        return self.time - earlier.time
+
+
+class Stopwatch:
+    """Times the parts of laps, such as those of a training step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.laps: list[list[tuple[str, Mark]]] = []
+
+    def start_lap(self) -> None:
+        """Begin a lap."""
+        self.laps.append([("start", Mark(self.device))])
 
     def mark(self, part: str) -> None:
-        """Note that the time since the last mark belongs to `part`."""
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((part, event))
-        else:
-            self.marks.append((part, time.perf_counter()))
+        """Note that the time since the last mark belongs to `part` of this lap."""
+        self.laps[-1].append((part, Mark(self.device)))
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds per part; the first mark only starts the watch."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        totals: dict[str, float] = {}
-        for (_, begin), (part, end) in zip(self.marks, self.marks[1:], strict=False):
-            duration = begin.elapsed_time(end) / 1000 if self.cuda else end - begin
-            totals[part] = totals.get(part, 0.0) + duration
-        return totals
+    def seconds(self) -> list[dict[str, float]]:
+        """Of each lap the seconds per part."""
+        self.laps[-1][-1][1].wait()
+        laps = []
+        for marks in self.laps:
+            parts: dict[str, float] = {}
+            for (_, begin), (part, end) in itertools.pairwise(marks):
+                parts[part] = parts.get(part, 0.0) + end.seconds_since(begin)
+            laps.append(parts)
+        return laps
+
+
+@dataclass
+class EnqueuedStep:
+    """A step whose work may still be under way on the device."""
+
+    step: int
+    lr: float
+    begin: Mark
+    end: Mark
+    numbers: Tensor  # in the host's memory; valid once `end` is reached
 
 
 class Progress:
-    """Prints and records steps once their numbers have arrived, one step behind a GPU.
+    """Prints and records steps once their numbers have arrived, on CUDA one step late.
 
-    A GPU works on one step while the numbers of the previous one are fetched: asking for them at once would
-    leave it idle between steps.
+    There the numbers are copied in the background, and a step is reported when the next has been enqueued: to
+    wait for the newest step would leave the GPU idle between steps.
     """
 
     def __init__(
         self,
         run_metrics: metrics.Metrics,
         say: Callable[[str], None],
-        clock: Clock,
+        device: torch.device,
         steps_done: int,
         max_steps: int,
         tokens_per_step: int,
         flops_per_token: float,
         peak_flops: float,
         max_bad_steps: int,
-        lag: int,
     ) -> None:
-        """steps_done: before this process started. lag: how many steps may be left unreported."""
-        self.metrics, self.say, self.clock = run_metrics, say, clock
+        """steps_done: before this process started."""
+        self.metrics, self.say, self.device = run_metrics, say, device
         self.steps_done, self.max_steps = steps_done, max_steps
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak_flops = peak_flops
         self.max_bad_steps = max_bad_steps
-        self.lag = lag
-        self.pending: collections.deque[tuple[int, float, Tensor]] = collections.deque()
+        self.lag = 1 if device.type == "cuda" else 0
+        self.pending: collections.deque[EnqueuedStep] = collections.deque()
         self.bad_steps = 0  # in a row
         earlier = [r["loss"] for r in metrics.read(run_metrics.path) if r["kind"] == "train"]
         self.recent_losses = collections.deque((loss for loss in earlier if loss is not None), maxlen=100)
         self.started = time.perf_counter()
-        self.reported_seconds = clock.seconds()["training"]
 
-    def add(self, step: int, lr: float, stats: Tensor) -> None:
-        """Note a step: its learning rate, and on the device (4,): loss, gradient norm, SIGTERM, SIGINT."""
-        self.pending.append((step, lr, stats))
+    def begin(self) -> None:
+        """Note that a step begins."""
+        self.begun = Mark(self.device)
+
+    def add(self, step: int, lr: float, numbers: Tensor) -> None:
+        """Note a step that has been enqueued, with its learning rate and the numbers it returned.
+
+        numbers: (4,) on the device: loss, gradient norm, processes that received SIGTERM, SIGINT.
+        """
+        if self.device.type == "cuda":
+            host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            host.copy_(numbers, non_blocking=True)
+        else:
+            host = numbers.cpu()
+        self.pending.append(EnqueuedStep(step, lr, self.begun, Mark(self.device), host))
 
     def report(self, catch_up: bool) -> int:
         """Report all steps but the newest `lag` (with `catch_up`, all), waiting for their numbers.
@@ -130,17 +175,18 @@ class Progress:
         """
         stop_signal = 0
         while len(self.pending) > (0 if catch_up or stop_signal else self.lag):
-            step, lr, stats = self.pending.popleft()
-            loss, grad_norm, terminated, interrupted = stats.tolist()  # waits for the device
-            self._report(step, lr, loss, grad_norm)
-            self._watch(step, loss, grad_norm)
+            enqueued = self.pending.popleft()
+            enqueued.end.wait()
+            loss, grad_norm, terminated, interrupted = enqueued.numbers.tolist()
+            self._report(enqueued, loss, grad_norm)
+            self._watch(enqueued.step, loss, grad_norm)
             received = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
             stop_signal = received or stop_signal
         return stop_signal
 
-    def _report(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
-        training = self.clock.seconds()["training"]
-        duration, self.reported_seconds = training - self.reported_seconds, training
+    def _report(self, enqueued: EnqueuedStep, loss: float, grad_norm: float) -> None:
+        step, lr = enqueued.step, enqueued.lr
+        duration = enqueued.end.seconds_since(enqueued.begin)
         tokens_per_sec = self.tokens_per_step / duration
         mfu = self.flops_per_token * tokens_per_sec / self.peak_flops
         elapsed = time.perf_counter() - self.started

@@ -13,12 +13,16 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from support.cli import Dtype, UserError
 
 T = TypeVar("T")
-# Rank 0 may fetch data or write samples while the others wait, which takes longer than most steps.
-PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
+# How long processes wait for each other before they give up: while one of them fetches data, and after that.
+# The latter is above the longest evaluation, checkpoint or compilation that the others wait for.
+FETCH_TIMEOUT = timedelta(hours=6)
+STEP_TIMEOUT = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,12 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def all_reduce(self, tensor: torch.Tensor, op: str = "SUM") -> torch.Tensor:
+    def all_reduce(
+        self, tensor: torch.Tensor, op: str = "SUM", group: dist.ProcessGroup | None = None
+    ) -> torch.Tensor:
         """Sum (or "MIN", "MAX") over all processes, in place; with one process the tensor itself."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, op), group)
         return tensor
 
     def barrier(self) -> None:
@@ -64,18 +70,33 @@ class Runtime:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
-    def run_on_some(self, here: bool, work: Callable[[], T]) -> T | None:
+    def wrap(self, model: nn.Module, compiled: bool) -> tuple[nn.Module, nn.Module]:
+        """The modules to call in training (with DDP if there are several processes) and in validation."""
+        train_model: nn.Module = model
+        if self.world_size > 1:
+            train_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if not compiled:
+            return train_model, model
+        eval_model = torch.compile(model)
+        # DDP is compiled together with the model, so that its all-reduce overlaps with the backward pass.
+        return eval_model if self.world_size == 1 else torch.compile(train_model), eval_model
+
+    def run_on_some(self, here: bool, work: Callable[[], T], fetches: bool = False) -> T | None:
         """Do `work` on the processes where `here` is true, while the others wait; None on those.
 
         A UserError on one process is raised on all of them: none is left waiting for a dead one.
+        fetches: the work may take hours, as a download does.
         """
+        group = dist.new_group(timeout=FETCH_TIMEOUT) if fetches and self.world_size > 1 else None
         result, failure = None, None
         if here:
             try:
                 result = work()
             except UserError as error:
                 failure = error
-        failed = self.all_reduce(torch.tensor(int(failure is not None), device=self.device), "MAX")
+        failed = self.all_reduce(torch.tensor(int(failure is not None), device=self.device), "MAX", group)
+        if group is not None:
+            dist.destroy_process_group(group)
         if failed:
             raise failure or UserError("another process has reported the error")
         return result
@@ -111,7 +132,7 @@ def start(device: str, dtype: Dtype) -> Runtime:
             store=_store_of_this_start(),
             rank=rank,
             world_size=rt.world_size,
-            timeout=PROCESS_GROUP_TIMEOUT,
+            timeout=STEP_TIMEOUT,
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return rt
@@ -128,7 +149,7 @@ def _store_of_this_start() -> dist.Store | None:
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
         return None
     address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=PROCESS_GROUP_TIMEOUT)
+    store = dist.TCPStore(address, port, is_master=False, timeout=STEP_TIMEOUT)
     return dist.PrefixStore(f"restart_{env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 

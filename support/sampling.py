@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support import tokenizer
+
+SAMPLE_PROMPTS = ("Hello, I'm a language model,", "Hello, I'm a computer science student,")
+
 
 class KVCache:
     """Causal attention over all tokens so far: keys and values of B rows, up to `capacity` tokens each.
@@ -139,6 +143,16 @@ def stream(
                 cache.lengths[b] = len(row)
             row.append(ids[b])
         logits = decode_one_token(model, ids, cache)
+
+
+def draw_samples(model: nn.Module, seed: int) -> list[str]:
+    """What a run shows of its model: three continuations of each prompt, 64 tokens by top-50 sampling."""
+    enc = tokenizer.get_encoding()
+    prompts = [enc.encode_ordinary(prompt) for prompt in SAMPLE_PROMPTS for _ in range(3)]
+    generator = torch.Generator().manual_seed(seed)
+    end = tokenizer.END_OF_TEXT_ID
+    rows = model.generate(prompts, 64, temperature=0.8, top_k=50, generator=generator, eos_token_id=end)
+    return [enc.decode([token for token in row if token != end]) for row in rows]
 
 
 def generate(

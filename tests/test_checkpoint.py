@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def test_a_checkpoint_is_never_seen_unfinished(tmp_path: Path, monkeypatch: pyte
     """Whatever step of saving dies, the folder lists whole checkpoints only, and the next save clears up."""
     model, optimizer = small_model()
     state = {"step": 1, "optimizer": checkpoint.optimizer_state(model, [optimizer])}
-    checkpoint.save(tmp_path, 1, model, state, keep=1)
+    snapshot = checkpoint.snapshot(model, state)
+    checkpoint.save(tmp_path, 1, snapshot, keep=1)
     whole = checkpoint.folders(tmp_path)
     for victim in ("save", "fsync", "rename"):
         owner = {"save": torch, "fsync": os, "rename": Path}[victim]
@@ -38,17 +40,17 @@ def test_a_checkpoint_is_never_seen_unfinished(tmp_path: Path, monkeypatch: pyte
 
         monkeypatch.setattr(owner, victim, die)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save(tmp_path, 2, model, state, keep=1)
+            checkpoint.save(tmp_path, 2, snapshot, keep=1)
         monkeypatch.setattr(owner, victim, original)
         assert checkpoint.folders(tmp_path) == whole
         assert checkpoint.latest_intact(tmp_path) == (whole[0], [])
-    saved = checkpoint.save(tmp_path, 2, model, state, keep=1)
+    saved = checkpoint.save(tmp_path, 2, snapshot, keep=1)
     assert list((tmp_path / "checkpoints").iterdir()) == [saved]
 
 
 def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
     model, _ = small_model()
-    folder = checkpoint.save(tmp_path, 7, model, {"step": 7}, keep=1)
+    folder = checkpoint.save(tmp_path, 7, checkpoint.snapshot(model, {"step": 7}), keep=1)
     lines = (folder / "SHA256SUMS").read_text().splitlines()
     assert {line.split("  ")[1] for line in lines} == {p.name for p in folder.iterdir()} - {"SHA256SUMS"}
     for line in lines:
@@ -59,18 +61,9 @@ def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
 def test_a_state_moves_between_models_with_and_without_padding(tmp_path: Path) -> None:
     """A run begun on a GPU, padded, continues without padding, and back."""
     padded, optimizer = small_model()
-    folder = checkpoint.save(
-        tmp_path,
-        1,
-        padded,
-        {
-            "identity": {},
-            "scaler": {},
-            "seconds": {},
-            "optimizer": checkpoint.optimizer_state(padded, [optimizer]),
-        },
-        keep=1,
-    )
+    state = {"identity": {}, "scaler": {}, "seconds": {}}
+    state["optimizer"] = checkpoint.optimizer_state(padded, [optimizer])
+    folder = checkpoint.save(tmp_path, 1, checkpoint.snapshot(padded, state), keep=1)
     plain = GPT(GPTConfig(8, 50257, 1, 1, 4))
     pretrained.load_weights(plain, folder)
     [plain_optimizer] = build_optimizers(plain, "adamw", 1e-2, 1.0, 0.1)
@@ -86,6 +79,39 @@ def test_a_state_moves_between_models_with_and_without_padding(tmp_path: Path) -
     back = checkpoint.optimizer_state(plain, [plain_optimizer])
     checkpoint.load_optimizer_state(padded, [optimizer], back)
     assert optimizer.state[padded.lm_head.weight]["exp_avg"].shape == (50304, 4)
+
+
+def test_training_continues_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What is written is the state at the time of the snapshot, whatever training does meanwhile."""
+    model, optimizer = small_model()
+    state = {"identity": {}, "scaler": {}, "seconds": {}}
+    state["optimizer"] = checkpoint.optimizer_state(model, [optimizer])
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    moments = optimizer.state[model.lm_head.weight]["exp_avg"].clone()
+    may_write, torch_save = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: may_write.wait(30) and torch_save(*args))
+    writer = checkpoint.Writer()
+    writer.start(tmp_path, 1, checkpoint.snapshot(model, state), 1, "it is there")
+    optimizer.step()
+    assert checkpoint.folders(tmp_path) == [] and "it is there" not in capsys.readouterr().out
+    may_write.set()
+    assert writer.wait() is None and writer.wait() is None
+    assert "it is there" in capsys.readouterr().out
+    loaded = checkpoint.load_training_state(checkpoint.folder_of(tmp_path, 1))["optimizer"]
+    assert torch.equal(loaded["transformer.wte.weight"]["exp_avg"], moments[:50257])
+    pretrained.load_weights(model, checkpoint.folder_of(tmp_path, 1))
+    assert all(torch.equal(expected[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_why_a_checkpoint_could_not_be_written(tmp_path: Path) -> None:
+    model, _ = small_model()
+    (tmp_path / "checkpoints").write_text("a file")
+    writer = checkpoint.Writer()
+    writer.start(tmp_path, 1, checkpoint.snapshot(model, {}), 1, "")
+    assert "a file, where a folder has to be" in str(writer.wait())
+    assert writer.wait() is None
 
 
 class Malicious:

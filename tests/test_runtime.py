@@ -1,9 +1,12 @@
 """The choice of device, precision and batch, from descriptions of machines that are not there."""
 
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, command, environment
 
 from model import GPT, GPTConfig
 from support import hardware, runtime
@@ -76,3 +79,34 @@ def test_attention_on_a_cpu_is_flash() -> None:
     with torch.profiler.profile() as profile:
         torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     assert any("flash_attention" in event.key for event in profile.key_averages())
+
+
+PATIENCE = """
+import sys, time
+from datetime import timedelta
+import torch
+from support import runtime
+
+runtime.STEP_TIMEOUT, runtime.FETCH_TIMEOUT = timedelta(seconds=2), timedelta(seconds=60)
+rt = runtime.start("cpu", "float32")
+# Rank 1 waits longer than a step may take while rank 0 fetches ...
+rt.run_on_some(rt.is_main, lambda: time.sleep(5), fetches=True)
+rt.say("fetched")
+# ... and gives up on a rank that hangs later.
+if rt.is_main:
+    time.sleep(20)
+rt.barrier()
+print("never")
+"""
+
+
+def test_processes_are_patient_only_while_data_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(PATIENCE)
+    begin = time.monotonic()
+    done = subprocess.run(
+        command(str(tmp_path / "script.py"), nproc=2),
+        env={**environment(), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode != 0 and "fetched" in done.stdout and "never" not in done.stdout
+    assert time.monotonic() - begin < 60
+    assert "timed out" in done.stderr.lower() or "timeout" in done.stderr.lower(), done.stderr[-2000:]

@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 from optim import build_optimizers, learning_rate_factor
 from pre_tokens.shards import find_shards
 from settings import PRESETS, settings_from_config
-from support import files, metrics
+from support import checkpoint, files, metrics
 from support.cli import UserError
 
 Train = Callable[..., Path]
@@ -235,6 +235,31 @@ def test_a_loss_spike_is_six_deviations_above_the_last_hundred() -> None:
     assert metrics.is_spike(4.1 + 6 * 0.1 + 0.01, recent)
     assert not metrics.is_spike(4.1 + 6 * 0.1 - 0.01, recent)
     assert not metrics.is_spike(100.0, recent[:99])
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_checkpoint_that_cannot_be_written(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """Once: the run records it and continues. Twice in a row: it ends, as nothing is safe any more."""
+    real_save, failing = checkpoint.save, [4, 6][:failures]
+
+    def save(out_dir: Path, step: int, *args: object) -> Path:
+        if step in failing:
+            raise UserError(f"step {step}: no space")
+        return real_save(out_dir, step, *args)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    if failures == 1:
+        train(max_steps=8)
+        assert [checkpoint.step_of(folder) for folder in checkpoint.folders(tmp_path / "run")] == [8, 6, 2]
+    else:
+        with pytest.raises(UserError, match="step 6: no space"):
+            train(max_steps=8)
+        assert [checkpoint.step_of(folder) for folder in checkpoint.folders(tmp_path / "run")] == [2]
+    events = [r for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "event"]
+    failed = {"step": 6, "kind": "event", "name": "checkpoint failed", "reason": "step 4: no space"}
+    assert failed in events
 
 
 def test_two_runs_do_not_share_a_folder(train: Train, tmp_path: Path) -> None:

@@ -84,7 +84,10 @@ def limit_file_size(n_bytes: int) -> None:
 
 @pytest.mark.parametrize("what", ["checkpoint", "metrics"])
 def test_no_space(run: Run, expected: Expected, what: str) -> None:
-    """A file that cannot grow: the weights' (a few MB) in a checkpoint, or metrics.jsonl."""
+    """A file that cannot grow: the weights' (a few MB) in a checkpoint, or metrics.jsonl.
+
+    The first checkpoint that cannot be written is only recorded, the second in a row ends the run.
+    """
     row = tally(f"no space left for the {what}")
     process = run.start()
     run.wait_for_step(12, process)
@@ -97,6 +100,7 @@ def test_no_space(run: Run, expected: Expected, what: str) -> None:
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1, done.stderr
+    assert ("checkpoint failed" in (run.out / "metrics.jsonl").read_text()) == (what == "checkpoint")
     assert "File too large" in lines[0] or "No space" in lines[0]
     assert checkpoint.latest_intact(run.out)[0] == whole
     row.lost.append(run.lost())
