@@ -1,13 +1,16 @@
 """Parameter groups, AdamW, Muon, and the learning rate of each step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from settings import OptimizerName, Schedule, Settings
+
+# Its name from torch 2.13 on, and before.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # ---------------------------------------------------------------- optimizers
 
@@ -36,15 +39,8 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if name == "muon":
         # Q, K and V are three maps that happen to be stored as one matrix.
-        groups = [
-            {
-                "params": [p for n, p in matrices if n.endswith("c_attn.weight") == (parts == 3)],
-                "parts": parts,
-            }
-            for parts in (1, 3)
-        ]
-        groups = [{**group, "peak_lr": learning_rate} for group in groups]
-        optimizers.append(Muon(groups, learning_rate, weight_decay))
+        parts = [3 if n.endswith("c_attn.weight") else 1 for n, _ in matrices]
+        optimizers.append(Muon([p for _, p in matrices], parts, learning_rate, weight_decay))
     else:
         group = {"params": [p for _, p in matrices], "peak_lr": learning_rate, "weight_decay": weight_decay}
         adamw_groups.append(group)
@@ -73,67 +69,116 @@ class Muon(torch.optim.Optimizer):
     Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", with the scale of
     Liu et al. 2025, "Muon is Scalable for LLM Training" (0.2·sqrt(larger side), AdamW's usual step size), so
     that learning rate and weight decay are those of AdamW. The same step as `torch.optim.Muon` with
-    adjust_lr_fn="match_rms_adamw"; beyond it, a parameter group's `parts` splits each of its matrices by rows
-    into that many, and all processes share the work.
+    adjust_lr_fn="match_rms_adamw".
+
+    Matrices of one shape are worked on as one batch. Each process of a group keeps the momentum of an equal
+    share of every batch, orthogonalises that share, and receives the other updates in the precision in which
+    they were computed; the result does not depend on the number of processes.
     """
 
     def __init__(
         self,
-        groups: Iterable[dict[str, object]],
+        params: Sequence[nn.Parameter],
+        parts: Sequence[int],
         learning_rate: float,
         weight_decay: float,
         momentum: float = 0.95,
     ) -> None:
-        defaults = {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum, "parts": 1}
-        super().__init__(groups, defaults)
+        """params: two-dimensional. parts: into how many matrices each one's rows are split, 3 for Q, K, V."""
+        defaults = {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, {**defaults, "peak_lr": learning_rate})
+        self.parts = parts
+        alone = not dist.is_initialized()
+        self.rank, self.world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+        # By the matrices' shape: this process's share of their momentum, (share, rows, columns).
+        self.momentum = {
+            shape: torch.zeros_like(self._share(matrices))
+            for shape, matrices in self._by_shape(params).items()
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One update from the gradients, which must be the same on every process.
+        """One update from the gradients, which every parameter must have, the same on every process.
 
         If an attribute `found_inf` is set and not 0, nothing changes, as with torch's fused optimizers.
         """
+        [group] = self.param_groups
+        lr, mu, parameters = group["lr"], group["momentum"], group["params"]
         keep = 1 - getattr(self, "found_inf", 0)
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            # Each process orthogonalises every world_size-th matrix, then all exchange theirs.
-            for begin in range(0, len(parameters), world_size):
-                shared = parameters[begin : begin + world_size]
-                updates = [torch.empty_like(p) for p in shared]
-                for owner, parameter in enumerate(shared):
-                    state = self.state[parameter]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(parameter)
-                    gradient = parameter.grad.nan_to_num(0.0, 0.0, 0.0)
-                    momentum = state["momentum_buffer"].lerp_(gradient, (1 - group["momentum"]) * keep)
-                    if owner == rank:
-                        nesterov = gradient.lerp(momentum, group["momentum"])
-                        pieces = [orthogonalize(piece) for piece in nesterov.chunk(group["parts"])]
-                        updates[owner] = torch.cat(pieces).to(parameter.dtype)
-                if world_size > 1:
-                    for owner, update in enumerate(updates):
-                        dist.broadcast(update, src=owner)
-                for parameter, update in zip(shared, updates, strict=True):
-                    rows, columns = parameter.shape[0] // group["parts"], parameter.shape[1]
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"] * keep)
-                    parameter.sub_(update.mul_(0.2 * math.sqrt(max(rows, columns)) * group["lr"] * keep))
+        decay = 1 - lr * group["weight_decay"] * keep
+        gradients = self._by_shape([parameter.grad for parameter in parameters])
+        for shape, weights in self._by_shape(parameters).items():
+            gradient = self._share(gradients[shape]).nan_to_num_(0.0, 0.0, 0.0)
+            momentum = self.momentum[shape].lerp_(gradient, (1 - mu) * keep)
+            nesterov = gradient.lerp_(momentum, mu)
+            updates = self._exchange(orthogonalize(nesterov), len(weights))
+            updates = updates.float() * (0.2 * math.sqrt(max(shape)) * lr * keep)
+            torch._foreach_mul_(weights, decay)
+            torch._foreach_sub_(weights, list(updates))
+
+    def _by_shape(self, tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[Tensor]]:
+        """Views of the matrices in tensors shaped as the parameters: Q, K, V apart, tall ones transposed."""
+        found: dict[tuple[int, int], list[Tensor]] = {}
+        for tensor, parts in zip(tensors, self.parts, strict=True):
+            for matrix in tensor.chunk(parts):
+                wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+                found.setdefault(tuple(wide.shape), []).append(wide)
+        return found
+
+    def _share(self, matrices: list[Tensor]) -> Tensor:
+        """A copy of this process's share of matrices of one shape; zeros fill it up where there are too few.
+
+        (share, rows, columns), of the same size on every process, as the exchange needs it.
+        """
+        share = -(-len(matrices) // self.world_size)
+        own = matrices[self.rank * share : (self.rank + 1) * share]
+        filling = [torch.zeros_like(matrices[0]) for _ in range(share - len(own))]
+        return torch.stack(own + filling)
+
+    def _exchange(self, share: Tensor, n: int) -> Tensor:
+        """All `n` matrices of a batch, (n, rows, columns), from the share that each process has of them."""
+        if self.world_size == 1:
+            return share
+        gathered = share.new_empty(self.world_size * len(share), *share.shape[1:])
+        ALL_GATHER(gathered, share)
+        return gathered[:n]
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, object]:
+        """As of any optimizer, with the complete "momentum_buffer" of every parameter.
+
+        Every process has to call it: they exchange their shares.
+        """
+        state = super().state_dict()
+        whole = [torch.empty_like(parameter) for parameter in self.param_groups[0]["params"]]
+        for shape, matrices in self._by_shape(whole).items():
+            torch._foreach_copy_(matrices, list(self._exchange(self.momentum[shape], len(matrices))))
+        return {**state, "state": {i: {"momentum_buffer": momentum} for i, momentum in enumerate(whole)}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Take over what `state_dict` returned on any number of processes, and keep this process's share."""
+        super().load_state_dict({**state_dict, "state": {}})
+        keys = state_dict["param_groups"][0]["params"]
+        whole = [state_dict["state"][key]["momentum_buffer"] for key in keys]
+        for shape, matrices in self._by_shape(whole).items():
+            self.momentum[shape].copy_(self._share(matrices))
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Approximately U·V' of a matrix (rows, columns) whose singular value decomposition is U·S·V'.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Approximately U·V' of each of `matrices` (n, rows, columns), its singular value decomposition U·S·V'.
 
     Newton–Schulz: five steps of the quintic of Jordan et al. 2024 bring every singular value to between
-    about 0.7 and 1.2; in bf16 on a GPU, in fp32 elsewhere.
+    about 0.7 and 1.2; in bf16 on a GPU, in fp32 elsewhere, which is the dtype of the result. Tall matrices
+    are better given transposed: the products are rows x rows.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
-    tall = x.shape[0] > x.shape[1]
-    x = x.t() if tall else x
-    x = x / x.norm().clamp_min(1e-7)
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.t() if tall else x
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x
 
 
 # ---------------------------------------------------------------- learning rate

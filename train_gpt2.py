@@ -327,6 +327,7 @@ def save(run: Run, step: int, wait: bool) -> None:
     s, rt = run.settings, run.rt
     folder = checkpoint.folder_of(s.out_dir, step)
     with run.clock("checkpoints"):
+        optimizer_state = checkpoint.optimizer_state(run.model, run.optimizers)  # on every process
         if rt.is_main:
             if failure := run.writer.wait():
                 run.say(step, f"warning: {failure}")
@@ -335,7 +336,7 @@ def save(run: Run, step: int, wait: bool) -> None:
             state = {
                 "step": step,
                 "identity": run.identity,
-                "optimizer": checkpoint.optimizer_state(run.model, run.optimizers),
+                "optimizer": optimizer_state,
                 "scaler": run.scaler.state_dict(),
                 "seconds": run.clock.seconds(),
             }

@@ -242,19 +242,21 @@ def load_training_state(folder: Path) -> dict[str, object]:
 
 
 def optimizer_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, object]:
-    """The optimizers' state by parameter name, without padding, so that it suits any padding."""
+    """The optimizers' state by parameter name, without padding, so that it suits any padding.
+
+    Every process has to call it: the processes may each hold a share of the state.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     rows = model.config.vocab_size
-    return {
-        names[parameter]: {
-            key: pretrained.without_padding(names[parameter], value, rows).clone()
-            if names[parameter].endswith("wte.weight")
-            else value
-            for key, value in state.items()
-        }
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-    }
+    state = {}
+    for optimizer in optimizers:
+        order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        for index, values in optimizer.state_dict()["state"].items():
+            name = order[index]
+            if name.endswith("wte.weight"):
+                values = {k: pretrained.without_padding(name, v, rows).clone() for k, v in values.items()}
+            state[name] = values
+    return state
 
 
 def load_optimizer_state(
@@ -266,8 +268,10 @@ def load_optimizer_state(
         raise UserError("training_state.pt: the state of another optimizer or model: start a new --out-dir")
     for optimizer in optimizers:
         state = {}
-        order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, (name, parameter) in enumerate((names[parameter], parameter) for parameter in order):
+        # Entries are matched by key, so names can stand for torch's numbers.
+        groups = [{**g, "params": [names[p] for p in g["params"]]} for g in optimizer.param_groups]
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            name = names[parameter]
             rows = pretrained.without_padding(name, parameter, model.config.vocab_size)
             shapes = {
                 key: torch.Size() if key == "step" else rows.shape
@@ -277,9 +281,8 @@ def load_optimizer_state(
             if {key: value.shape for key, value in saved[name].items()} != shapes:
                 raise ValueError(f"the state of {name} has another shape")
             padding = len(parameter) - len(rows)
-            state[index] = {
+            state[name] = {
                 key: F.pad(value, (0, 0, 0, padding)) if padding and value.dim() == 2 else value.contiguous()
                 for key, value in saved[name].items()
             }
-        groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})

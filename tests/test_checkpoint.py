@@ -2,11 +2,14 @@
 
 import hashlib
 import os
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import TINY, T, as_flags, run_script
 
 from model import GPT, GPTConfig
 from optim import build_optimizers
@@ -112,6 +115,46 @@ def test_why_a_checkpoint_could_not_be_written(tmp_path: Path) -> None:
     writer.start(tmp_path, 1, checkpoint.snapshot(model, {}), 1, "")
     assert "a file, where a folder has to be" in str(writer.wait())
     assert writer.wait() is None
+
+
+def test_a_state_moves_between_numbers_of_processes(
+    train: Callable[..., Path], data_dir: Path, tmp_path: Path
+) -> None:
+    """Of a run with Muon on two processes, whose checkpoint one and three continue, bit for bit.
+
+    Their gradients differ in rounding, so the continuation clips them to nothing: the step that is left is a
+    function of the state alone.
+    """
+    settings = {"total_batch_size": 12 * T, "micro_batch_size": 2, "val_interval": 0, "optimizer": "muon"}
+
+    def train_on(nproc: int, out: str, **more: object) -> None:
+        values = {**TINY, **settings, "data_dir": data_dir, "out_dir": tmp_path / out, **more}
+        done = run_script("train_gpt2.py", "--preset", "demo", *as_flags(values), nproc=nproc)
+        assert done.returncode == 0, done.stderr
+
+    def result(out: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        folder = checkpoint.folders(tmp_path / out)[0]
+        model = GPT.from_pretrained(folder)
+        return checkpoint.load_training_state(folder)["optimizer"], dict(model.named_parameters())
+
+    train_on(2, "run", max_steps=2)
+    saved, _ = result("run")
+    shutil.copytree(tmp_path / "run", tmp_path / "three")
+    further = {"max_steps": 3, "grad_clip": 1e-30, "resume": True}
+    train("run", **settings, **further)
+    train_on(3, "three", **further)
+    (state, weights), (state_of_three, weights_of_three) = result("run"), result("three")
+    assert set(state) == set(saved) == set(state_of_three) == set(weights)
+    for name, weight in weights.items():
+        assert torch.equal(weight, weights_of_three[name]), name
+        assert set(state[name]) == set(saved[name])
+        for key, value in state[name].items():
+            assert torch.equal(value, state_of_three[name][key]), (name, key)
+        momentum = saved[name].get("momentum_buffer")
+        assert (momentum is not None) == (".h." in name and weight.dim() == 2)
+        if momentum is not None:
+            assert momentum.shape == weight.shape and momentum.any()
+            torch.testing.assert_close(state[name]["momentum_buffer"], 0.95 * momentum)
 
 
 class Malicious:

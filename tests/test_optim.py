@@ -1,5 +1,6 @@
-"""Schedules against their formulas; which parameters decay."""
+"""Schedules against their formulas; which parameters decay; Muon against torch's."""
 
+import collections
 import math
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from model import GPT, GPTConfig
@@ -62,11 +65,24 @@ def test_orthogonalize_brings_singular_values_near_one() -> None:
     for shape in ((32, 32), (64, 16), (16, 64)):
         matrix = torch.randn(shape)
         u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-        values = torch.linalg.svdvals(optim.orthogonalize(matrix))
+        [result] = optim.orthogonalize(matrix[None])
+        values = torch.linalg.svdvals(result)
         assert 0.6 < values.min() <= values.max() < 1.3
         # The same directions: U'·X·V is near the identity.
-        inner = u.t() @ optim.orthogonalize(matrix) @ vh.t()
+        inner = u.t() @ result @ vh.t()
         assert (inner - inner.diag().diag()).norm() < 1e-3
+
+
+def test_a_batch_is_orthogonalised_as_its_matrices_are() -> None:
+    matrices = torch.randn(5, 16, 40, generator=torch.Generator().manual_seed(0))
+    matrices *= torch.tensor([1.0, 1e-6, 1e6, 0.0, 1.0]).view(5, 1, 1)
+    together = optim.orthogonalize(matrices)
+    for matrix, result in zip(matrices, together, strict=True):
+        x = matrix / max(matrix.norm(), 1e-7)
+        for _ in range(5):
+            gram = x @ x.t()
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        torch.testing.assert_close(result, x, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (96, 24), (24, 96)])
@@ -76,7 +92,7 @@ def test_muon_takes_the_steps_of_torchs_muon(shape: tuple[int, int]) -> None:
     start = torch.randn(shape)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     optimizers = [
-        optim.Muon([{"params": [ours]}], 0.02, 0.1),
+        optim.Muon([ours], [1], 0.02, 0.1),
         torch.optim.Muon([theirs], 0.02, 0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(5):
@@ -92,40 +108,108 @@ def test_q_k_and_v_are_orthogonalised_separately() -> None:
     start, gradient = torch.randn(24, 8), torch.randn(24, 8)
     whole = nn.Parameter(start.clone())
     whole.grad = gradient
-    optim.Muon([{"params": [whole], "parts": 3}], 0.02, 0.1).step()
+    optim.Muon([whole], [3], 0.02, 0.1).step()
     for piece, piece_gradient, updated in zip(
         start.chunk(3), gradient.chunk(3), whole.detach().chunk(3), strict=True
     ):
         alone = nn.Parameter(piece.clone())
         alone.grad = piece_gradient
-        optim.Muon([{"params": [alone]}], 0.02, 0.1).step()
+        optim.Muon([alone], [1], 0.02, 0.1).step()
         torch.testing.assert_close(alone.detach(), updated)
 
 
-def muon_steps(rank: int, world_size: int, folder: Path) -> None:
-    """Two Muon steps on three matrices, as one of several processes; what comes out goes into a file."""
-    if world_size > 1:
-        dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
-    generator = torch.Generator().manual_seed(0)
-    matrices = [nn.Parameter(torch.randn(n, 8, generator=generator)) for n in (8, 12, 24)]
-    muon = optim.Muon([{"params": matrices[:2]}, {"params": matrices[2:], "parts": 3}], 0.02, 0.1)
+def muon_steps(saved: Path | None = None) -> dict[str, object]:
+    """What two Muon steps lead to on this process, from the state in `saved`.
+
+    Seven matrices of 8 x 8, four of 5 x 7 or 7 x 5: two or three processes cannot share both equally.
+    """
+    generator = torch.Generator().manual_seed(0 if saved is None else 1)
+    shapes = [(8, 8), (24, 8), (5, 7), (24, 8), (7, 5), (5, 7), (7, 5)]
+    matrices = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    muon = optim.Muon(matrices, [1, 3, 1, 3, 1, 1, 1], 0.02, 0.1)
+    if saved is not None:
+        muon.load_state_dict(torch.load(saved))
+    before = muon.state_dict()["state"]
     for _ in range(2):
         for matrix in matrices:
             matrix.grad = torch.randn(matrix.shape, generator=generator)
         muon.step()
-    buffers = [muon.state[matrix]["momentum_buffer"] for matrix in matrices]
-    torch.save([*(matrix.data for matrix in matrices), *buffers], folder / f"{rank}_of_{world_size}.pt")
+    kept = sum(share.numel() for share in muon.momentum.values())
+    weights = [matrix.detach() for matrix in matrices]
+    return {"before": before, "weights": weights, "state": muon.state_dict(), "kept": kept}
+
+
+def muon_process(rank: int, world_size: int, folder: Path, saved: Path) -> None:
+    """`muon_steps` as one of several processes, from the start and, where it exists, from `saved`."""
+    store = dist.FileStore(f"{folder}/store_of_{world_size}", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    results = [muon_steps(), muon_steps(saved if saved.exists() else None)]
+    torch.save(results, folder / f"{rank}_of_{world_size}.pt")
+    dist.destroy_process_group()
+
+
+def assert_equal(a: object, b: object) -> None:
+    torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_muon_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    """Bit for bit, and a state saved by two processes is continued by one and by three."""
+    saved = tmp_path / "saved_by_two.pt"
+    alone = muon_steps()
+    momentum = [state["momentum_buffer"] for state in alone["state"]["state"].values()]
+    assert [buffer.shape for buffer in momentum] == [weight.shape for weight in alone["weights"]]
+    assert all(buffer.any() for buffer in momentum)
+    for world_size in (2, 3):
+        torch.multiprocessing.spawn(muon_process, (world_size, tmp_path, saved), nprocs=world_size)
+        for rank in range(world_size):
+            results, continued = torch.load(tmp_path / f"{rank}_of_{world_size}.pt")
+            assert results["kept"] < 1.4 * alone["kept"] / world_size
+            for key in ("weights", "state"):
+                assert_equal(results[key], alone[key])
+            if world_size == 3:
+                on_one = muon_steps(saved)
+                assert_equal(continued["before"], torch.load(saved)["state"])
+                assert_equal(on_one["before"], continued["before"])
+                for key in ("weights", "state"):
+                    assert_equal(continued[key], on_one[key])
+        torch.save(results["state"], saved)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would be launched on a GPU: all operations but views and uninitialised tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if not func.is_view and not func.name().startswith(("aten::empty", "aten::new_empty", "profiler::")):
+            self.counts[func.name().split(".")[0]] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_muon_launches_few_kernels(world_size: int) -> None:
+    """Of twelve layers: two batches, an exchange for each, and nothing that waits for the device."""
     if world_size > 1:
-        dist.destroy_process_group()
-
-
-def test_muon_on_two_processes_equals_one(tmp_path: Path) -> None:
-    muon_steps(0, 1, tmp_path)
-    torch.multiprocessing.spawn(muon_steps, (2, tmp_path), nprocs=2)
-    alone = torch.load(tmp_path / "0_of_1.pt")
-    for rank in range(2):
-        together = torch.load(tmp_path / f"{rank}_of_2.pt")
-        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        model = GPT(GPTConfig(8, 50, 12, 1, 8))
+        muon, _ = optim.build_optimizers(model, "muon", 1e-2, 1.0, 0.1)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        muon.found_inf = torch.zeros(())
+        with Operations() as operations:
+            muon.step()
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+    collectives = {n: k for n, k in operations.counts.items() if n.startswith("c10d::")}
+    assert sum(collectives.values()) == (2 if world_size > 1 else 0), collectives
+    assert sum(operations.counts.values()) - sum(collectives.values()) < 70, operations.counts
+    assert "aten::_local_scalar_dense" not in operations.counts
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
