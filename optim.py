@@ -53,12 +53,15 @@ def step(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, 
     """One step of all optimizers from the gradients, which are cleared; no step where `finite` is 0.
 
     finite: a scalar on the device, 1.0 or 0.0. Checked on the device: skipping a bad step costs no
-    synchronisation. In fp16 the scaler makes this check itself.
+    synchronisation. In fp16 the gradients must have been through `scaler.unscale_`, whose findings in
+    any optimizer's gradients set the scale of the next step.
     """
+    # Not scaler.step: it looks at one optimizer at a time, although clipping has spread a NaN to all, and
+    # it waits for the device unless the optimizer is one of torch's fused ones.
+    found_inf = 1 - finite
     for optimizer in optimizers:
-        if not scaler.is_enabled():
-            optimizer.found_inf = 1 - finite
-        scaler.step(optimizer)
+        optimizer.found_inf = found_inf
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
 

@@ -249,8 +249,8 @@ def make_progress(run: Run) -> Progress:
 def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal) -> Tensor:
     """One optimizer step over all micro-batches. Does not wait for the device.
 
-    Returns float32 (4,) on the device: the mean loss over all processes, the gradient norm before clipping,
-    and how many processes have received SIGTERM and SIGINT.
+    Returns float32 (5,) on the device: the mean loss over all processes, the gradient norm before clipping,
+    how many processes have received SIGTERM and SIGINT, and the scale of the loss (1 except in fp16).
     """
     rt, n = run.rt, run.accumulation_steps
     loss_sum = torch.zeros((), device=rt.device)
@@ -270,8 +270,9 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal)
     # The loss and the signals travel together. full_like fills on the device: a copy would synchronise.
     signals = [torch.full_like(loss_sum, stop.number == number) for number in (signal.SIGTERM, signal.SIGINT)]
     mean_loss, *signals = rt.all_reduce(torch.stack([loss_sum / rt.world_size, *signals]))
+    scale = run.scaler.scale(torch.ones_like(loss_sum))
     optim.step(run.optimizers, run.scaler, finite=(mean_loss + grad_norm).isfinite().float())
-    return torch.stack([mean_loss, grad_norm, *signals])
+    return torch.stack([mean_loss, grad_norm, *signals, scale])
 
 
 # ---------------------------------------------------------------- between steps

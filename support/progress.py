@@ -158,7 +158,7 @@ class Progress:
     def add(self, step: int, lr: float, numbers: Tensor) -> None:
         """Note a step that has been enqueued, with its learning rate and the numbers it returned.
 
-        numbers: (4,) on the device: loss, gradient norm, processes that received SIGTERM, SIGINT.
+        numbers: float32 (5,) on the device, from train_gpt2.update.
         """
         if self.device.type == "cuda":
             host = torch.empty_like(numbers, device="cpu", pin_memory=True)
@@ -177,9 +177,9 @@ class Progress:
         while len(self.pending) > (0 if catch_up or stop_signal else self.lag):
             enqueued = self.pending.popleft()
             enqueued.end.wait()
-            loss, grad_norm, terminated, interrupted = enqueued.numbers.tolist()
+            loss, grad_norm, terminated, interrupted, scale = enqueued.numbers.tolist()
             self._report(enqueued, loss, grad_norm)
-            self._watch(enqueued.step, loss, grad_norm)
+            self._watch(enqueued.step, loss, grad_norm, scale)
             received = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
             stop_signal = received or stop_signal
         return stop_signal
@@ -208,13 +208,18 @@ class Progress:
             tokens=step * self.tokens_per_step,
         )
 
-    def _watch(self, step: int, loss: float, grad_norm: float) -> None:
+    def _watch(self, step: int, loss: float, grad_norm: float, scale: float) -> None:
         """Record steps that were skipped and losses that jump; give up after too many bad steps."""
         if math.isfinite(loss + grad_norm):
             self.bad_steps = 0
             if metrics.is_spike(loss, self.recent_losses):
                 self.metrics.log(step, "event", name="loss spike", loss=loss)
             self.recent_losses.append(loss)
+            return
+        # In fp16 gradients that overflow are left out and the next step has half the scale. Where the scale
+        # no longer enlarges them, or the loss itself is not finite, a smaller one will not help.
+        if math.isfinite(loss) and scale > 1:
+            self.metrics.log(step, "event", name="overflow", scale=scale)
             return
         self.bad_steps += 1
         self.metrics.log(step, "event", name="bad step")

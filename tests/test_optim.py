@@ -1,19 +1,25 @@
-"""Schedules against their formulas; which parameters decay; Muon against torch's."""
+"""Schedules against their formulas; which parameters decay; Muon against torch's; overflows in fp16."""
 
 import collections
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import T, history
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
+import train_gpt2
 from model import GPT, GPTConfig
-from support import checkpoint
+from support import checkpoint, hardware
+from support.cli import UserError
+
+Train = Callable[..., Path]
 
 
 def factor(step: int, schedule: str, warmup_steps: int = 10, cooldown_fraction: float = 0.3) -> float:
@@ -237,3 +243,107 @@ def test_an_update_with_found_inf_changes_nothing(name: str) -> None:
             assert torch.equal(value, state[parameter_name][key]), (parameter_name, key)
     step(1.0)
     assert not torch.equal(model.lm_head.weight, weights["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("victim", ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"])
+def test_an_overflow_in_fp16_is_one_for_all_optimizers(name: str, victim: str) -> None:
+    """Whichever optimizer's gradient it is in: clipping would spread it. Nothing waits for the device."""
+    model = GPT(GPTConfig(8, 50, 1, 1, 8))
+    optimizers = optim.build_optimizers(model, name, 1e-2, 1.0, 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+
+    def step(overflow: bool) -> torch.optim.Optimizer:
+        scaler.scale(model(torch.arange(8).view(1, 8), torch.arange(8).view(1, 8))[1]).backward()
+        if overflow:
+            model.get_parameter(victim).grad[0, 0] = math.inf
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with Operations() as operations:
+            optim.step(optimizers, scaler, grad_norm.isfinite().float())
+        assert "aten::_local_scalar_dense" not in operations.counts
+
+    def everything() -> object:
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        state = checkpoint.optimizer_state(model, optimizers)
+        return weights, {n: {key: v.clone() for key, v in values.items()} for n, values in state.items()}
+
+    step(overflow=False)
+    before = everything()
+    step(overflow=True)
+    assert_equal(everything(), before)
+    assert scaler.get_scale() == 2**15
+    step(overflow=False)
+    assert scaler.get_scale() == 2**15
+    changed = everything()[0]
+    assert all(value.isfinite().all() for value in changed.values())
+    assert not any(torch.equal(changed[n], before[0][n]) for n in (victim, "transformer.wte.weight"))
+
+
+def overflow(monkeypatch: pytest.MonkeyPatch, steps: range, loss_too: bool = False) -> None:
+    """Make the gradients of these steps infinite, and leave the loss as it is or make it infinite too."""
+    forward, calls = GPT.forward, iter(range(1, 1000))
+
+    def overflowing(self: GPT, *args: object, **kwargs: object) -> tuple[None, torch.Tensor]:
+        logits, loss = forward(self, *args, **kwargs)
+        if loss.requires_grad and next(calls) in steps:
+            loss.register_hook(lambda gradient: gradient * math.inf)
+            loss = loss * math.inf if loss_too else loss
+        return logits, loss
+
+    monkeypatch.setattr(GPT, "forward", overflowing)
+
+
+FP16 = {
+    "dtype": "float16", "n_layer": 1, "optimizer": "muon", "val_interval": 0,
+    "micro_batch_size": 2, "total_batch_size": 2 * T,
+}  # fmt: skip
+
+
+@pytest.fixture
+def train_quickly(train: Train, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Without what takes a CPU seconds in fp16: its peak rate and samples."""
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(train_gpt2, "draw_samples", lambda run: [])
+    return train
+
+
+def test_an_overflow_in_fp16_is_no_bad_step(train_quickly: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    overflow(monkeypatch, range(2, 5))
+    run = train_quickly(**FP16, max_bad_steps=2)
+    events = [(r["step"], r["name"], r.get("scale")) for r in history(run, kinds=("event",))]
+    assert events[1:] == [(2, "overflow", 2**16), (3, "overflow", 2**15), (4, "overflow", 2**14)]
+    records = history(run, kinds=("train",))
+    assert [r["step"] for r in records if r["grad_norm"] is None] == [2, 3, 4]
+    assert all(math.isfinite(r["loss"]) for r in records)
+
+
+def test_overflows_that_no_scale_prevents_are_bad_steps(
+    train_quickly: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 to 16 halve the scale from 2**16 to 1. It cannot mend the loss, and fp32 has none."""
+    bad_steps = {"max_bad_steps": 2, "checkpoint_interval": 0}
+    overflow(monkeypatch, range(1, 100))
+    with pytest.raises(UserError, match=r"step 18: .*--max-bad-steps 2"):
+        train_quickly(**FP16, **bad_steps, max_steps=30)
+    with pytest.raises(UserError, match=r"step 2: .*--max-bad-steps 2"):
+        train_quickly("fp32", **{**FP16, "dtype": "float32"}, **bad_steps)
+    overflow(monkeypatch, range(1, 100), loss_too=True)
+    with pytest.raises(UserError, match=r"step 2: .*--max-bad-steps 2"):
+        train_quickly("loss", **FP16, **bad_steps)
+
+
+def test_the_scale_of_fp16_is_resumed(train_quickly: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        overflow(patch, range(1, 2))
+        run = train_quickly(**FP16, max_steps=4)
+    saved = {}
+    for resumed in (False, True):
+        if resumed:
+            train_quickly(**FP16, max_steps=8, resume=True)
+        for folder in checkpoint.folders(run):
+            saved[checkpoint.step_of(folder)] = checkpoint.load_training_state(folder)["scaler"]
+    assert {step: (state["scale"], state["_growth_tracker"]) for step, state in saved.items()} == {
+        2: (2**15, 1), 4: (2**15, 3), 6: (2**15, 5), 8: (2**15, 7),
+    }  # fmt: skip
