@@ -67,7 +67,7 @@ class Settings:
     micro_batch_size: int = 0
     """Sequences per forward pass. 0: the largest that fits on a GPU, 1 on a CPU."""
     loss_chunks: int = 0
-    """Chunks of the loss. 0: one on a GPU, chunks of 512 tokens on a CPU."""
+    """Chunks of the loss. 0: of 16,384 tokens each on CUDA, of 512 on a CPU."""
     accumulation_steps: int = 1
     """Micro-batches per step."""
     optimizer: Literal["preset", "adamw", "muon"] = "preset"

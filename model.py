@@ -1,7 +1,8 @@
 """GPT-2 as OpenAI defined it.
 
     model = GPT(GPTConfig())                     # 124,439,808 parameters
-    logits, loss = model(idx, targets)
+    logits, _ = model(idx)
+    _, loss = model(idx, targets)
     model = GPT.from_pretrained("gpt2")          # or any folder in the Hugging Face format
 
 What is unusual here:
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from support import pretrained, sampling
 from support.cli import UserError
-from support.loss import ChunkedCrossEntropy
+from support.loss import ChunkedCrossEntropy, RowCrossEntropy
 
 
 @dataclass(frozen=True)
@@ -223,24 +224,30 @@ class GPT(nn.Module):
         return self.lm_head(states)[..., : self.config.vocab_size]
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, loss_chunks: int = 1
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        loss_chunks: int = 1,
+        return_logits: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Next-token logits, and the loss if there are targets.
+        """Next-token logits; with targets the loss instead, or both with return_logits.
 
         idx, targets: int64 (B, T), T at most block_size; a target of -100 is ignored.
-        Returns logits (B, T, vocab_size) and the mean cross-entropy in nats, a scalar in fp32 (or None).
-        With targets and loss_chunks above 1, the logits are computed in that many chunks and not returned:
-        None stands in their place.
+        Returns logits (B, T, vocab_size) or None, and the mean cross-entropy in nats, a scalar in fp32, or
+        None. loss_chunks: the loss alone may be computed in that many chunks of the batch, to save memory.
         """
         states = self.hidden(idx)
-        if targets is not None and loss_chunks > 1:
+        on_cuda = states.device.type == "cuda"
+        # Logits that are returned take part in backward, with a gradient of their size even if it is zero.
+        if targets is not None and not return_logits and (on_cuda or loss_chunks > 1):
+            cross_entropy = RowCrossEntropy if on_cuda else ChunkedCrossEntropy
             head = (self.lm_head.weight, targets.flatten(), self.config.vocab_size, loss_chunks)
-            return None, ChunkedCrossEntropy.apply(states.flatten(0, 1), *head)
+            return None, cross_entropy.apply(states.flatten(0, 1), *head)
         logits = self.head(states)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        return logits, loss
+        return logits if return_logits else None, loss
 
     def generate(
         self,

@@ -7,11 +7,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
 from support import pretrained, sampling
 from support.cli import UserError
-from support.loss import ChunkedCrossEntropy
+from support.loss import ChunkedCrossEntropy, RowCrossEntropy, default_chunks
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 
@@ -60,7 +61,7 @@ def test_logits_loss_and_gradients_equal_transformers(
     idx = torch.randint(101, (4, 21))
     targets = torch.randint(101, (4, 21))
     targets[1, 3:9] = -100
-    logits, loss = ours(idx, targets)
+    logits, loss = ours(idx, targets, return_logits=True)
     # transformers shifts its labels by one itself, so its loss is taken from its logits here.
     expected = reference(idx).logits
     expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten())
@@ -143,9 +144,10 @@ def test_padding_changes_nothing() -> None:
     torch.manual_seed(5)
     padded = GPT(GPTConfig(**{**SMALL.__dict__, "padded_vocab_size": 128}))
     idx, targets = torch.randint(101, (2, 3, 24))
-    logits, loss = padded(idx, targets)
-    expected_logits, expected_loss = plain(idx, targets)
+    logits, loss = padded(idx, targets, return_logits=True)
+    expected_logits, expected_loss = plain(idx, targets, return_logits=True)
     assert logits.shape == (3, 24, 101)
+    assert plain(idx, targets)[0] is None
     torch.testing.assert_close(logits, expected_logits, atol=1e-6, rtol=0)
     torch.testing.assert_close(loss, expected_loss, atol=1e-6, rtol=0)
     loss.backward()
@@ -203,6 +205,119 @@ def test_padding_is_never_sampled() -> None:
         ids = model.generate(torch.randint(101, (8, 3)), 15, temperature=temperature)
         assert ids.shape == (8, 18)
         assert ids.max() < 101
+
+
+# ---------------------------------------------------------------- the loss of a GPU, on a CPU
+
+
+def row_loss(
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunks: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """RowCrossEntropy over 1001 ids, its products in `dtype`."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        return RowCrossEntropy.apply(states, weight, targets, 1001, chunks)
+
+
+def exact_loss_and_gradients(
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Torch's own cross-entropy over 1001 ids in fp64, and the gradients of states and weight."""
+    exact = [tensor.detach().double().requires_grad_() for tensor in (states, weight)]
+    loss = torch.nn.functional.cross_entropy(exact[0] @ exact[1][:1001].t(), targets)
+    loss.backward()
+    return loss.detach(), exact[0].grad, exact[1].grad
+
+
+def row_case(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States, a weight with 23 rows of padding, and targets of which some are ignored."""
+    generator = torch.Generator().manual_seed(7)
+    states = torch.randn(n, 16, generator=generator).requires_grad_()
+    weight = (0.5 * torch.randn(1024, 16, generator=generator)).requires_grad_()
+    targets = torch.randint(1001, (n,), generator=generator)
+    targets[5:9] = -100
+    return states, weight, targets
+
+
+@pytest.mark.parametrize("chunks", [1, 5, 67])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)]
+)
+def test_loss_by_rows_equals_torchs(dtype: torch.dtype, tolerance: float, chunks: int) -> None:
+    states, weight, targets = row_case(67)
+    loss = row_loss(states, weight, targets, chunks, dtype)
+    (2**16 * loss).backward(retain_graph=True)  # the factor of a gradient scaler
+    expected, *gradients = exact_loss_and_gradients(states, weight, targets)
+    assert abs(loss.detach() - expected) < tolerance
+    first = [states.grad.clone(), weight.grad.clone()]
+    for mine, right in zip(first, gradients, strict=True):
+        assert (mine / 2**16 - right).norm() < tolerance * right.norm()
+    assert (weight.grad[1001:] == 0).all()
+    assert (states.grad[5:9] == 0).all()
+    (2**16 * loss).backward()
+    assert torch.equal(states.grad, 2 * first[0])
+    assert torch.equal(weight.grad, 2 * first[1])
+
+
+@pytest.mark.parametrize(("size", "same_target"), [(20.0, True), (0.01, False)])
+def test_loss_by_rows_neither_overflows_nor_vanishes_in_fp16(size: float, same_target: bool) -> None:
+    """The weight's gradient is a sum over 4,096 positions, here of 80,000 at most, and a mean below 1e-7."""
+    states, weight, targets = row_case(4096)
+    states, weight = (size * states).detach().requires_grad_(), (0.02 * weight).detach().requires_grad_()
+    if same_target:
+        states = states.abs().detach().requires_grad_()
+        targets[:] = 3
+    row_loss(states, weight, targets, 1, torch.float16).backward()
+    _, *gradients = exact_loss_and_gradients(states, weight, targets)
+    for mine, right in zip((states.grad, weight.grad), gradients, strict=True):
+        assert (mine - right).norm() < 5e-3 * right.norm()
+    others = torch.ones(1024, dtype=torch.bool)  # ids that are nobody's target have the smallest gradients
+    others[targets.clamp_min(0)], others[1001:] = False, False
+    rows, right = weight.grad[others], gradients[1][others]
+    assert (rows - right).norm() < 5e-3 * right.norm()
+
+
+def test_loss_by_rows_without_a_known_target() -> None:
+    states, weight, targets = row_case(8)
+    targets[:] = -100
+    loss = row_loss(states, weight, targets, 2, torch.float32)
+    loss.backward()
+    assert loss.isnan()  # as torch's
+    assert not states.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_loss_by_rows_keeps_no_logits(compiled: bool) -> None:
+    """Kept for backward: no more than the two gradients. Compiled: one graph, in training and validation."""
+    states, weight, targets = row_case(80)
+    loss_of = row_loss
+    if compiled:
+        torch._dynamo.reset()
+        loss_of = torch.compile(row_loss, fullgraph=True, backend="aot_eager_decomp_partition")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = loss_of(states, weight, targets, 2, torch.float32)
+    assert sum(kept) <= states.numel() + weight.numel() + 1
+    loss.backward()
+    expected, *gradients = exact_loss_and_gradients(states, weight, targets)
+    assert abs(loss.detach() - expected) < 2e-6
+    for mine, right in zip((states.grad, weight.grad), gradients, strict=True):
+        assert (mine - right).norm() < 2e-6 * right.norm()
+    with torch.no_grad():
+        assert torch.equal(loss_of(states * 1, weight, targets, 2, torch.float32), loss)
+
+
+def test_loss_by_rows_forms_no_gradients_in_validation() -> None:
+    states, weight, targets = row_case(80)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        row_loss(states * 1, weight, targets, 2, torch.float32)
+    assert counter.get_total_flops() == 2 * 80 * 1024 * 16  # only the product that makes the logits
+
+
+def test_chunks_by_default() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [default_chunks(n, cpu) for n in (256, 2048)] == [1, 4]
+    assert [default_chunks(n, cuda) for n in (1024, 65_536)] == [1, 4]
 
 
 # ---------------------------------------------------------------- generation

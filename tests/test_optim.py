@@ -14,9 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
-import train_gpt2
 from model import GPT, GPTConfig
-from support import checkpoint, hardware
+from support import checkpoint, hardware, sampling
 from support.cli import UserError
 
 Train = Callable[..., Path]
@@ -305,7 +304,7 @@ FP16 = {
 def train_quickly(train: Train, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Without what takes a CPU seconds in fp16: its peak rate and samples."""
     monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 1e12)
-    monkeypatch.setattr(train_gpt2, "draw_samples", lambda run: [])
+    monkeypatch.setattr(sampling, "draw_samples", lambda model, seed: [])
     return train
 
 
