@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from support import driver
 from support.cli import Dtype, UserError
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def start(device: str, dtype: Dtype) -> Runtime:
     """Choose device and precision, and join the other processes if torchrun started this one.
 
     device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
-    Raises UserError for a device or precision that this machine does not have.
+    Raises UserError for a device or precision that this machine does not have, or that torch cannot use.
     """
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -154,6 +155,8 @@ def _store_of_this_start() -> dist.Store | None:
 
 
 def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
+    if device.startswith(("auto", "cuda")) and not torch.cuda.is_available():
+        driver.check_found(device)
     if device == "auto":
         if torch.cuda.is_available():
             device = "cuda"
@@ -176,6 +179,7 @@ def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
                 f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, no number {index}: "
                 "lower --nproc_per_node"
             )
+        driver.check_architecture(torch.device("cuda", index))
         return torch.device("cuda", index)
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available on this machine: use --device cpu")
