@@ -186,10 +186,12 @@ def measure(s: Settings) -> dict[str, object]:
     config, T = model_config(s)
     on_cuda = rt.device.type == "cuda"
     model = GPT(dataclasses.replace(config, padded_vocab_size=50304 if on_cuda else 0)).to(rt.device)
-    B = s.micro_batch_size or (hardware.largest_micro_batch(model, T, 64, rt) if on_cuda else 1)
-    loss_chunks = s.loss_chunks or loss.default_chunks(B * T, rt.device)
     p = PRESETS[s.preset]
     name = p.optimizer if s.optimizer == "preset" else s.optimizer
+    B = s.micro_batch_size or 1
+    if on_cuda and not s.micro_batch_size:
+        B = hardware.largest_micro_batch(model, T, 64, s.loss_chunks, name, rt)
+    loss_chunks = s.loss_chunks or loss.default_chunks(B * T, rt.device)
     optimizers = optim.build_optimizers(model, name, p.learning_rate, p.embedding_lr_ratio, p.weight_decay)
     watch = Stopwatch(rt.device)
     optimizers[0].register_step_pre_hook(lambda *_: watch.mark("backward"))

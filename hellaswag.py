@@ -219,7 +219,8 @@ def ending_losses(model: GPT, batch: list[Example]) -> Tensor:
             targets += ending
             owners += [4 * b + number] * len(ending)
     idx, positions, segments = (t.to(model.device) for t in (idx, positions, segments))
-    states = model.hidden(idx, SharedContext(positions, segments)).flatten(0, 1)
+    with hardware.attention_for_many_shapes(model.device):
+        states = model.hidden(idx, SharedContext(positions, segments)).flatten(0, 1)
     sums = torch.zeros(4 * len(batch), device=model.device)
     pieces = (torch.tensor(t, device=model.device).split(HEAD_ROWS) for t in (sources, targets, owners))
     for source, target, owner in zip(*pieces, strict=True):

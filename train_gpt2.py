@@ -78,6 +78,9 @@ def set_up(s: Settings) -> Run:
     """Everything a run needs, from settings to a resumed state. Raises UserError on a user's mistake."""
     check_settings(s, runtime.world_size())
     rt, clock = runtime.start(s.device, s.dtype), Clock()
+    shape = GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
+    flops = s.max_steps * s.total_batch_size * shape.flops_per_token(s.sequence_length)
+    hardware.refuse_days_on_cpu(s.device, flops, rt)
     with clock("data"):
         rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
         data = shards.find_shards(s.data_dir, s.num_shards)
@@ -88,7 +91,9 @@ def set_up(s: Settings) -> Run:
     model = build_model(s, rt.device)
     examples = hellaswag.truncate_contexts(examples, model.config.block_size)
     sequences = s.total_batch_size // s.sequence_length // rt.world_size  # per step and process
-    B = s.micro_batch_size or hardware.largest_micro_batch(model, s.sequence_length, sequences, rt)
+    B = s.micro_batch_size or hardware.largest_micro_batch(
+        model, s.sequence_length, sequences, s.loss_chunks, s.optimizer, rt
+    )
     optimizers = optim.build_optimizers(
         model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay
     )

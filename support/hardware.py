@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.cli import UserError
+from support.loss import default_chunks
 from support.runtime import Runtime
 
 # Peak rate of dense 16-bit matrix products in TFLOP/s, from NVIDIA's data sheets (without sparsity).
@@ -37,6 +38,15 @@ PEAK_TFLOPS = {
     "RTX 3090": 71,
     "RTX 3080": 60,
 }
+# Free memory that the search for the micro-batch leaves to fragments, kernels and compiled code.
+SPARE = 0.05
+# How cuBLAS and cuDNN say that memory is missing, in a plain RuntimeError.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 def describe(rt: Runtime) -> dict[str, object]:
@@ -109,18 +119,51 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
+def refuse_days_on_cpu(device: str, flops: float, rt: Runtime) -> None:
+    """Raise UserError if --device auto chose the CPU for more than a day of work, `flops` at its peak rate.
+
+    Nobody who meant a GPU shall download the data and then train for months without one.
+    """
+    if device == "auto" and rt.device.type == "cpu":
+        # One process measures, since all must come to the same answer.
+        rt.run_on_some(rt.is_main, lambda: _refuse_days(rt, flops))
+
+
+def _refuse_days(rt: Runtime, flops: float) -> None:
+    days = flops / (peak_flops(rt.device, rt.dtype) * rt.world_size) / 86_400
+    if days > 1:
+        raise UserError(
+            f"--device auto: no GPU found, and this run would take at least {days:,.0f} days on this CPU: "
+            "--device cpu if you mean it, --preset demo for a model that a CPU can train"
+        )
+
+
+def attention_for_many_shapes(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The context for attention whose shapes keep changing, as in sampling and HellaSwag.
+
+    On Hopper and Blackwell torch prefers cuDNN's attention, which prepares a plan for every new shape: well
+    spent on training's one shape, and tens to hundreds of milliseconds lost on each of these.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def largest_power_of_two(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest power of two, at most `limit`, that `fits`; 0 if not even 1 does. Tries downwards."""
-    size = 1 << (limit.bit_length() - 1)
-    while size and not fits(size):
-        size //= 2
-    return size
+    """The largest power of two, at most `limit`, that `fits`; 0 if not even 1 does. Tries upwards from 1."""
+    size = 1
+    while size <= limit and fits(size):
+        size *= 2
+    return size // 2
 
 
-def largest_micro_batch(model: nn.Module, sequence_length: int, sequences: int, rt: Runtime) -> int:
+def largest_micro_batch(
+    model: nn.Module, sequence_length: int, sequences: int, loss_chunks: int, optimizer: str, rt: Runtime
+) -> int:
     """The largest power of two of sequences that fits into memory and divides `sequences`.
 
-    On CUDA by trying a forward and a backward pass, not compiled, which needs more memory than compiled.
+    sequences: those of a step on this process. loss_chunks: as in training, 0 for the default.
+    On CUDA by trying the passes of a step, not compiled, which needs more memory than compiled.
     Elsewhere at most 2048 tokens, beyond which larger batches are no faster.
     Raises UserError if not even one sequence fits.
     """
@@ -128,10 +171,15 @@ def largest_micro_batch(model: nn.Module, sequence_length: int, sequences: int, 
     if rt.device.type != "cuda":
         return largest_power_of_two(lambda B: B == 1 or B * sequence_length <= 2048, limit)
 
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    best = largest_power_of_two(
-        lambda B: _fits(model, B, sequence_length, 3 * n_parameters, rt), min(limit, 128)
-    )
+    reserve = _state_floats(model, optimizer, rt.world_size)
+    # Windows spills into host memory instead of failing, so what the driver calls free is the bound.
+    usable = (1 - SPARE) * (torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device))
+
+    def fits(B: int) -> bool:
+        rounds = min(2, sequences // B)
+        return _fits(model, B, sequence_length, rounds, loss_chunks, reserve, usable, rt)
+
+    best = largest_power_of_two(fits, min(limit, 128))
     torch.cuda.empty_cache()
     best = int(rt.all_reduce(torch.tensor(best, device=rt.device), "MIN"))
     if best == 0:
@@ -141,20 +189,48 @@ def largest_micro_batch(model: nn.Module, sequence_length: int, sequences: int, 
     return best
 
 
-def _fits(model: nn.Module, B: int, sequence_length: int, reserve: int, rt: Runtime) -> bool:
-    """Whether forward and backward of B sequences fit beside `reserve` floats.
+def _state_floats(model: nn.Module, optimizer: str, world_size: int) -> int:
+    """Floats that a step needs beside weights, gradients and activations.
 
-    The reserve stands in for AdamW's two moments and DDP's buckets, which do not exist yet.
+    AdamW has two moments per parameter, Muon one per parameter of the blocks' matrices. DDP has buckets for
+    all gradients, beside those that accumulate before the last round.
     """
+    floats = 0
+    for name, parameter in model.named_parameters():
+        in_block = parameter.dim() == 2 and not name.endswith(("wte.weight", "wpe.weight"))
+        moments = 1 if optimizer == "muon" and in_block else 2
+        floats += parameter.numel() * (moments + (world_size > 1))
+    return floats
+
+
+def _fits(
+    model: nn.Module,
+    B: int,
+    sequence_length: int,
+    rounds: int,
+    loss_chunks: int,
+    reserve: int,
+    usable: float,
+    rt: Runtime,
+) -> bool:
+    """Whether `rounds` of forward and backward of B sequences fit into `usable` bytes with `reserve` floats.
+
+    In the second round the gradients of the first are there, as in training.
+    """
+    torch.cuda.empty_cache()  # what is reserved afterwards is what this trial needed
+    chunks = loss_chunks or default_chunks(B * sequence_length, rt.device)
     try:
-        idx = torch.zeros(B, sequence_length, dtype=torch.int64, device=rt.device)
         reserved = torch.empty(reserve, device=rt.device)
-        with rt.autocast():
-            loss = model(idx, idx)[1]
-        loss.backward()
+        idx = torch.zeros(B, sequence_length, dtype=torch.int64, device=rt.device)
+        for _ in range(rounds):
+            with rt.autocast():
+                loss = model(idx, idx, chunks)[1]
+            loss.backward()
         del reserved
-        return True
-    except torch.OutOfMemoryError:
+        return torch.cuda.memory_reserved(rt.device) <= usable
+    except RuntimeError as error:
+        if not any(text in str(error) for text in OUT_OF_MEMORY):
+            raise
         return False
     finally:
         model.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import tokenizer
+from support import hardware, tokenizer
 
 SAMPLE_PROMPTS = ("Hello, I'm a language model,", "Hello, I'm a computer science student,")
 
@@ -70,7 +70,8 @@ def prefill(model: nn.Module, rows: list[list[int]], cache: KVCache) -> Tensor:
     # Short rows are padded on the right: causal attention hides the padding from the tokens before it, and
     # what it leaves in the cache is overwritten before it can be seen.
     padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
-    states = model.hidden(torch.tensor(padded, device=model.device), cache)
+    with hardware.attention_for_many_shapes(model.device):
+        states = model.hidden(torch.tensor(padded, device=model.device), cache)
     cache.lengths = lengths
     return model.head(states[torch.arange(len(rows)), torch.tensor(lengths) - 1])
 
@@ -78,7 +79,8 @@ def prefill(model: nn.Module, rows: list[list[int]], cache: KVCache) -> Tensor:
 def decode_one_token(model: nn.Module, ids: list[int], cache: KVCache) -> Tensor:
     """Append one token to each row; returns the logits after it, (B, vocab_size)."""
     last = torch.tensor(ids, device=model.device)[:, None]
-    return model.head(model.hidden(last, cache)[:, -1])
+    with hardware.attention_for_many_shapes(model.device):
+        return model.head(model.hidden(last, cache)[:, -1])
 
 
 def sample(

@@ -1,15 +1,22 @@
 """The choice of device, precision and batch, from descriptions of machines that are not there."""
 
+import dataclasses
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import ROOT, command, environment
 
+import hellaswag
+import optim
+import train_gpt2
 from model import GPT, GPTConfig
-from support import hardware, runtime
+from settings import PRESETS
+from support import driver, hardware, runtime
 from support.cli import UserError
 
 CPU = torch.device("cpu")
@@ -55,16 +62,153 @@ def test_devices_that_are_not_there(device: str) -> None:
 def test_largest_power_of_two() -> None:
     tried = []
     assert hardware.largest_power_of_two(lambda B: tried.append(B) or B <= 9, 100) == 8
-    assert tried == [64, 32, 16, 8]
+    assert tried == [1, 2, 4, 8, 16]  # from small to large: nothing twice as large as need be is tried
+    assert hardware.largest_power_of_two(lambda B: True, 4) == 4
+    assert hardware.largest_power_of_two(lambda B: True, 7) == 4
     assert hardware.largest_power_of_two(lambda B: False, 4) == 0
 
 
 def test_micro_batch_divides_the_share_of_a_process() -> None:
     model = GPT(GPTConfig(64, 50257, 1, 1, 4))
     here = runtime.Runtime(CPU, torch.float32)
-    assert hardware.largest_micro_batch(model, 64, 24, here) == 8
-    assert hardware.largest_micro_batch(model, 64, 7, here) == 1
-    assert hardware.largest_micro_batch(model, 64, 1024, here) == 32
+    for sequences, B in ((24, 8), (7, 1), (1024, 32)):
+        assert hardware.largest_micro_batch(model, 64, sequences, 0, "adamw", here) == B
+
+
+class Machine:
+    """A CUDA device's memory, in the books only, and a model that takes 100 bytes a sequence of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total: float, fails: Exception | None = None) -> None:
+        self.total, self.fails = total, fails
+        self.reserved = 0.0
+        self.trials: list[tuple[int, int, bool]] = []  # sequences, chunks, gradients from an earlier round
+        self.weight = torch.nn.Parameter(torch.zeros(2, 2))
+        empty = torch.empty
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(self, "reserved", 0.0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total, total))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.reserved)
+        monkeypatch.setattr(torch, "empty", lambda n, device: self.take(4 * n) or empty(0))
+        for name in ("zeros", "tensor"):
+            real = getattr(torch, name)
+            monkeypatch.setattr(
+                torch, name, lambda *a, real=real, **k: real(*a, **{**k, "device": "cpu"} if k else k)
+            )
+
+    def take(self, n_bytes: float) -> None:
+        self.reserved += n_bytes
+        if self.reserved > self.total and self.fails:
+            raise self.fails
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        shapes = {"wte.weight": (10, 4), "h.0.mlp.c_fc.weight": (16, 4), "h.0.mlp.c_fc.bias": (16,)}
+        return [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        self.weight.grad = None
+
+    def __call__(self, idx: torch.Tensor, targets: torch.Tensor, chunks: int) -> tuple[None, torch.Tensor]:
+        self.trials.append((len(idx), chunks, self.weight.grad is not None))
+        if self.weight.grad is None:  # a second round reuses the memory of the first
+            self.take(100 * len(idx))
+        return None, self.weight.sum()
+
+
+CUDA = runtime.Runtime(torch.device("cuda", 0), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        None,  # as on Windows, where memory spills to the host and nothing fails
+    ],
+    ids=["torch", "cublas", "cublas handle", "cudnn", "spills"],
+)
+def test_search_for_the_micro_batch(failure: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 4000, failure)
+    # 120 parameters with 8 bytes of moments each; 16 sequences take 1600 bytes, 32 take 3200.
+    assert hardware.largest_micro_batch(machine, 8, 64, 3, "adamw", CUDA) == 16
+    tried = [B for B, _, _ in machine.trials]
+    assert tried[0] == 1 and tried == sorted(tried) and max(tried) == 32
+    assert {chunks for _, chunks, _ in machine.trials} == {3}
+    assert (16, 3, True) in machine.trials, "an accumulating step has gradients in its second round"
+    assert machine.weight.grad is None
+
+
+@pytest.mark.parametrize(("total", "B"), [(1760, 4), (1860, 8)])
+def test_search_leaves_room_and_does_not_accumulate_what_a_step_does_not(
+    total: float, B: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 8 sequences, one round: 960 bytes of moments, 800 of activations, and one part in twenty to spare.
+    machine = Machine(monkeypatch, total)
+    assert hardware.largest_micro_batch(machine, 8, 8, 0, "adamw", CUDA) == B
+    assert [trial for trial in machine.trials if trial[0] == 8] == [(8, 1, False)]
+
+
+def test_search_passes_on_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        hardware.largest_micro_batch(machine, 8, 8, 0, "adamw", CUDA)
+
+
+def test_search_says_if_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(UserError, match="--sequence-length 8: not one sequence"):
+        hardware.largest_micro_batch(machine, 8, 8, 0, "adamw", CUDA)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_reserved_states_are_those_that_a_step_makes(optimizer: str) -> None:
+    model = GPT(GPTConfig(8, 50, 2, 2, 8))
+    optimizers = optim.build_optimizers(model, optimizer, 1e-3, 1.0, 0.1)
+    model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))[1].backward()
+    for each in optimizers:
+        each.step()
+    states = [t for each in optimizers for state in each.state.values() for t in state.values()]
+    made = sum(t.numel() for t in states if t.dim())  # without the counts of steps
+    assert hardware._state_floats(model, optimizer, 1) == made
+    assert hardware._state_floats(model, optimizer, 8) == made + sum(p.numel() for p in model.parameters())
+
+
+def test_gradients_that_accumulate_are_not_yet_in_ddps_buckets() -> None:
+    """Why several processes need memory for buckets beside gradients: DDP moves them in the last round."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = torch.nn.Linear(4, 4)
+        model = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+        with model.no_sync():
+            model(torch.ones(1, 4)).sum().backward()
+        assert module.weight.grad.untyped_storage().nbytes() == 4 * 4 * 4
+        model(torch.ones(1, 4)).sum().backward()
+        assert module.weight.grad.untyped_storage().nbytes() == 4 * (4 * 4 + 4)  # the bucket: with the bias
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_run_of_days_on_a_cpu_needs_device_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is fetched or written, and not for what a CPU can do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(driver, "nvidia_driver", lambda: None)
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 1e11)
+    monkeypatch.setattr(train_gpt2, "prepare_data", lambda s: pytest.fail("data was prepared"))
+    s = dataclasses.replace(PRESETS["gpt2-124m"], out_dir=tmp_path / "log", data_dir=tmp_path / "data")
+    # 10.0B tokens at 855 MFLOP each, at 100 GFLOP/s.
+    days = 19_073 * 524_288 * 855.166464e6 / 1e11 / 86_400
+    with pytest.raises(UserError, match=f"--device auto: .* {days:,.0f} days .*--device cpu"):
+        train_gpt2.set_up(s)
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(train_gpt2, "prepare_data", lambda s: (_ for _ in ()).throw(UserError("got there")))
+    for fine in (
+        dataclasses.replace(s, device="cpu"),
+        dataclasses.replace(s, max_steps=0),
+        dataclasses.replace(PRESETS["demo"], out_dir=tmp_path / "log"),
+    ):
+        with pytest.raises(UserError, match="got there"):
+            train_gpt2.set_up(fine)
 
 
 def test_measured_peak_is_a_rate_of_this_machine() -> None:
@@ -110,3 +254,41 @@ def test_processes_are_patient_only_while_data_is_fetched(tmp_path: Path) -> Non
     assert done.returncode != 0 and "fetched" in done.stdout and "never" not in done.stdout
     assert time.monotonic() - begin < 60
     assert "timed out" in done.stderr.lower() or "timeout" in done.stderr.lower(), done.stderr[-2000:]
+
+
+def test_sampling_and_hellaswag_do_not_use_cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN prepares a plan for every shape: only training, with its one shape, may choose it."""
+    kernels = torch.backends.cuda
+    seen: list[tuple[bool, ...]] = []
+
+    def enabled() -> tuple[bool, ...]:
+        return (
+            kernels.cudnn_sdp_enabled(),
+            kernels.flash_sdp_enabled(),
+            kernels.mem_efficient_sdp_enabled(),
+            kernels.math_sdp_enabled(),
+        )
+
+    def spy(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: seen.append(enabled()) or attention(*args, **kwargs)
+
+    name = "scaled_dot_product_attention"
+    monkeypatch.setattr(torch.nn.functional, name, spy(getattr(torch.nn.functional, name)))
+    model = GPT(GPTConfig(32, 300, 1, 1, 8))
+    model.generate([[1, 2, 3], [4]], 2)
+    assert seen.pop() == enabled() == (True, True, True, True), "a CPU's choice is left alone"
+    as_on_cuda = hardware.attention_for_many_shapes
+    monkeypatch.setattr(hardware, "attention_for_many_shapes", lambda _: as_on_cuda(torch.device("cuda")))
+    example = hellaswag.Example([1, 2], [[3, 4], [5], [6], [7]], [2, 1, 1, 1], 0)
+    tokens = model.stream([[1, 2, 3], [4]], 3)
+    for work in (
+        lambda: next(tokens),
+        lambda: next(tokens),
+        lambda: hellaswag.ending_losses(model, [example]),
+    ):
+        seen.clear()
+        work()
+        assert set(seen) == {(False, True, True, True)}
+        assert enabled() == (True, True, True, True), "what comes between is not affected"
+    model(torch.tensor([[1, 2]]))
+    assert seen[-1] == (True, True, True, True)
