@@ -359,7 +359,7 @@ def show_plan(s: Settings) -> None:
     config, T = model_config(s)
     p = PRESETS[s.preset]
     plan = planning.plan(
-        s.plan, config, T, p.total_batch_size, p.max_steps, s.mfu, s.nodes, s.network, s.price
+        s.plan, config, T, p.total_batch_size, p.max_steps, s.mfu, s.nodes, s.network, s.price, p.optimizer
     )
     if s.json:
         print(json.dumps(dataclasses.asdict(plan)))

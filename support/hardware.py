@@ -10,34 +10,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from support import gpus
 from support.cli import UserError
 from support.loss import default_chunks
 from support.runtime import Runtime
 
-# Peak rate of dense 16-bit matrix products in TFLOP/s, from NVIDIA's data sheets (without sparsity).
-# The first name that is part of the device's own name applies.
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "GH200": 989,
-    "B200": 2250,
-    "A100": 312,
-    "A10G": 70,
-    "A10": 125,
-    "A40": 150,
-    "A6000": 155,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "V100": 125,
-    "T4": 65,
-    "RTX 4090": 165,
-    "RTX 4080": 97,
-    "RTX 3090": 71,
-    "RTX 3080": 60,
-}
 # Free memory that the search for the micro-batch leaves to fragments, kernels and compiled code.
 SPARE = 0.05
 # How cuBLAS and cuDNN say that memory is missing, in a plain RuntimeError.
@@ -102,10 +79,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     few large matrix products, which takes a fraction of a second.
     """
     if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        for key, tflops in PEAK_TFLOPS.items():
-            if key in name:
-                return tflops * 1e12
+        gpu = gpus.find(torch.cuda.get_device_name(device))
+        if gpu:
+            return gpu.tflops * 1e12
     n = 1024 if device.type == "cpu" else 4096
     a = torch.randn(n, n, device=device, dtype=dtype)
     rt = Runtime(device, dtype)

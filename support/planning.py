@@ -5,22 +5,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from support.cli import UserError
-from support.hardware import PEAK_TFLOPS
+from support.gpus import GPUS
 
-# Memory in GB, and the rate in GB/s at which one GPU of a node exchanges data with the others in a ring:
-# NVLink's bandwidth in one direction, or PCIe's without it (NVIDIA's data sheets).
-GPUS = {
-    "A100-40GB": ("A100", 40, 300),
-    "A100-80GB": ("A100", 80, 300),
-    "H100-80GB": ("H100", 80, 450),
-    "H200-141GB": ("H200", 141, 450),
-    "B200-180GB": ("B200", 180, 900),
-    "L40S-48GB": ("L40S", 48, 32),
-    "A10G-24GB": ("A10G", 24, 16),
-    "RTX4090-24GB": ("RTX 4090", 24, 32),
-    "RTX3090-24GB": ("RTX 3090", 24, 32),
-}
 LINK_EFFICIENCY = 0.8  # share of a link's bandwidth that a large all-reduce reaches
+# Of a GPU's memory the CUDA context takes 1 GB, and a tenth is left for fragments of the allocator's.
+CONTEXT_BYTES = 1e9
+USABLE = 0.9
 
 
 class ModelShape(Protocol):
@@ -68,20 +58,29 @@ def describe(plan: Plan, sequence_length: int, total_batch_size: int) -> str:
     return "\n".join(lines)
 
 
-def memory_bytes(config: ModelShape, sequence_length: int, micro_batch_size: int) -> float:
-    """Memory of one GPU in training, in bytes.
+def memory_bytes(
+    config: ModelShape,
+    sequence_length: int,
+    micro_batch_size: int,
+    optimizer: str = "adamw",
+    buckets: bool = False,
+) -> float:
+    """Bytes of tensors on one GPU when a compiled step in 16 bits needs most, at the loss of a micro-batch.
 
-    16 bytes per parameter: fp32 weight, gradient and AdamW's two moments (Rajbhandari et al. 2020, "ZeRO").
-    Activations: 34·T·B·d bytes per block in 16 bits, without attention's T×T part (Korthikanti et al. 2022,
-    "Reducing Activation Recomputation", equation 2 less what flash attention recomputes).
-    The head: logits in 16 bits and their gradient. A tenth on top for what the allocator cannot use, and
-    1 GB for the CUDA context.
+    Per parameter 16: fp32 weight, gradient and AdamW's two moments (Rajbhandari et al. 2020, "ZeRO"); 12
+    where Muon has one moment; with `buckets` 4 more, DDP's, which an accumulating process has beside its
+    gradients. Matrices once more in 16 bits.
+    Activations, as traced from the compiled graph: 36·T·B·d per block (8 for normalised states in fp32, 16
+    for the MLP, 6 for q, k and v, 4 for the inputs of c_attn and c_fc, 2 for attention's output), 4·T·B·d
+    for the first block's input. Logits in 16 bits, which become their own gradient in place.
     """
-    tokens = sequence_length * micro_batch_size
-    state = 16 * config.n_parameters
-    activations = 34 * tokens * config.n_embd * config.n_layer
-    head = 2 * 2 * tokens * config.vocab_size
-    return 1.1 * (state + activations + head) + 1e9
+    tokens, d = sequence_length * micro_batch_size, config.n_embd
+    blocks = 12 * config.n_layer * d * d  # parameters of the blocks' matrices
+    per_parameter = 16 + 4 * buckets
+    state = per_parameter * config.n_parameters - (4 * blocks if optimizer == "muon" else 0)
+    weights = 2 * (blocks + config.vocab_size * d)
+    activations = tokens * d * (36 * config.n_layer + 4)
+    return state + weights + activations + 2 * tokens * config.vocab_size
 
 
 def all_reduce_seconds(n_bytes: float, processes: int, gigabytes_per_second: float) -> float:
@@ -99,19 +98,22 @@ def plan(
     nodes: int = 1,
     network: float = 12.5,
     price: float = 0.0,
+    optimizer: str = "adamw",
 ) -> Plan:
     """Plan a run on nodes of `hardware` ("8xA100-80GB"), `network` GB/s between them, `price` per GPU hour.
 
     A step computes at `mfu` of the GPUs' peak. Gradients, 4 bytes per parameter, travel during the backward
-    pass of the last micro-batch, two thirds of its time; the step waits for the rest.
+    pass of the last micro-batch, two thirds of its time; the step waits for the rest. It always waits for the
+    token embedding's, the largest, which is complete only when backward ends: its matrix is the head's too.
     Raises UserError on hardware that is not in the table, or too small for the model or the batch.
     """
     match = re.fullmatch(r"(\d+)x(.+)", hardware)
-    if not match or match[2] not in GPUS or int(match[1]) < 1:
-        similar = [f"{match[1]}x{gpu}" for gpu in GPUS if gpu.startswith(match[2])] if match else []
-        advice = f"did you mean {' or '.join(similar)}?" if similar else f"known GPUs: {', '.join(GPUS)}"
+    known = {gpu.plan_name: gpu for gpu in GPUS}
+    if not match or match[2] not in known or int(match[1]) < 1:
+        similar = [f"{match[1]}x{name}" for name in known if name.startswith(match[2])] if match else []
+        advice = f"did you mean {' or '.join(similar)}?" if similar else f"known GPUs: {', '.join(known)}"
         raise UserError(f"--plan {hardware}: not COUNTxGPU, such as 8xA100-80GB: {advice}")
-    name, memory_gb, link = GPUS[match[2]]
+    gpu = known[match[2]]
     gpus = int(match[1]) * nodes
     sequences, rest = divmod(total_batch_size, sequence_length * gpus)
     if rest or sequences == 0:
@@ -119,27 +121,35 @@ def plan(
             f"--plan {hardware}: the preset's {total_batch_size // sequence_length} sequences per step do "
             f"not divide among {gpus} GPUs: plan for a number of GPUs that divides them"
         )
-    sizes = [B for B in (2**i for i in range(11)) if sequences % B == 0]
-    fitting = [B for B in sizes if memory_bytes(config, sequence_length, B) <= memory_gb * 1e9]
-    if not fitting:
-        raise UserError(f"--plan {hardware}: the model does not fit into {memory_gb} GB with one sequence")
-    B = fitting[-1]
+    room = USABLE * gpu.memory_gb * 1e9 - CONTEXT_BYTES
+    memory = {}  # per micro-batch
+    for B in (2**i for i in range(11)):
+        if sequences % B == 0:
+            accumulates = gpus > 1 and sequences > B
+            memory[B] = memory_bytes(config, sequence_length, B, optimizer, buckets=accumulates)
+    B = max((B for B in memory if memory[B] <= room), default=0)
+    if B == 0:
+        raise UserError(
+            f"--plan {hardware}: the model does not fit into {gpu.memory_gb} GB with one sequence"
+        )
 
     compute = total_batch_size * config.flops_per_token(sequence_length)
-    compute /= gpus * PEAK_TFLOPS[name] * 1e12 * mfu
-    gradient = 4 * config.n_parameters
-    travel = all_reduce_seconds(gradient, int(match[1]), link)
-    if nodes > 1:
-        travel += all_reduce_seconds(gradient, nodes, network)
+    compute /= gpus * gpu.tflops * 1e12 * mfu
+
+    def travel(n_bytes: float) -> float:
+        between = all_reduce_seconds(n_bytes, nodes, network) if nodes > 1 else 0.0
+        return all_reduce_seconds(n_bytes, int(match[1]), gpu.link) + between
+
+    last = 4 * config.vocab_size * config.n_embd
     hidden = 2 / 3 * compute / (sequences // B)
-    exposed = max(0.0, travel - hidden)
+    exposed = travel(last) + max(0.0, travel(4 * config.n_parameters - last) - hidden)
     hours = max_steps * (compute + exposed) / 3600
     return Plan(
         gpus=gpus,
         nodes=nodes,
         micro_batch_size=B,
         accumulation_steps=sequences // B,
-        memory_gb=memory_bytes(config, sequence_length, B) / 1e9,
+        memory_gb=memory[B] / 1e9,
         step_seconds=compute + exposed,
         exposed_seconds=exposed,
         scaling_efficiency=compute / (compute + exposed),

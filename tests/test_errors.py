@@ -142,7 +142,7 @@ BAD_BENCHES: dict[str, tuple[list[str], str]] = {
     "no network": (["--plan", "8xA100-80GB", "--network", "0"], "--network 0"),
     "an odd number of GPUs": (["--plan", "3xA100-80GB"], "do not divide among 3 GPUs"),
     "two sizes of a GPU": (["--plan", "8xA100"], "did you mean 8xA100-40GB or 8xA100-80GB?"),
-    "no GPU": (["--plan", "8xAbacus"], "known GPUs: A100-40GB, "),
+    "no GPU": (["--plan", "8xAbacus"], "A100-40GB, A100-80GB, "),
     "heads that do not divide": (["--preset", "demo", "--n-head", "3"], "--n-head 3"),
     "nothing that runs": (["--preset", "demo", "--sweep", "--n-head", "3"], "--n-head 3"),
 }  # fmt: skip
