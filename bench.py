@@ -351,9 +351,6 @@ def sweep(s: Settings) -> list[dict[str, object]]:
     return sorted(rows, key=lambda row: -row.get("tokens_per_sec", 0.0))
 
 
-# ---------------------------------------------------------------- the script
-
-
 def show_plan(s: Settings) -> None:
     """Print what the preset's run would take on the hardware of --plan."""
     config, T = model_config(s)
@@ -364,8 +361,8 @@ def show_plan(s: Settings) -> None:
     if s.json:
         print(json.dumps(dataclasses.asdict(plan)))
         return
-    tokens = p.total_batch_size * p.max_steps
-    print(f"{s.preset} on {s.nodes} x {s.plan}: {tokens / 1e9:.1f}B tokens, MFU {100 * s.mfu:.0f} % assumed")
+    tokens = p.total_batch_size * p.max_steps / 1e9
+    print(f"{s.preset} on {s.nodes} x {s.plan}: {tokens:.1f}B tokens, MFU {100 * s.mfu:.0f} % assumed")
     print(planning.describe(plan, T, p.total_batch_size))
 
 
@@ -390,9 +387,8 @@ def main() -> None:
             print(json.dumps(rows))
             return
         best = rows[0]
-        compiled = "--compile" if best["compile"] else "--no-compile"
-        speed = f"{best['tokens_per_sec']:,.0f} tokens/s"
-        print(f"best: --micro-batch-size {best['micro_batch_size']} {compiled}: {speed}")
+        flags = f"--micro-batch-size {best['micro_batch_size']} --{'no-' * (not best['compile'])}compile"
+        print(f"best: {flags}: {best['tokens_per_sec']:,.0f} tokens/s")
     else:
         result = measure(s)
         print(json.dumps(result) if s.json else describe(result))

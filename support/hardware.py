@@ -168,8 +168,9 @@ def largest_micro_batch(
 def _state_floats(model: nn.Module, optimizer: str, world_size: int) -> int:
     """Floats that a step needs beside weights, gradients and activations.
 
-    AdamW has two moments per parameter, Muon one per parameter of the blocks' matrices. DDP has buckets for
-    all gradients, beside those that accumulate before the last round.
+    AdamW has two moments per parameter, Muon one per parameter of the blocks' matrices, which several
+    processes share: what that saves is left to its step. DDP has buckets for all gradients, beside those that
+    accumulate before the last round.
     """
     floats = 0
     for name, parameter in model.named_parameters():

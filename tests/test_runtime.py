@@ -168,6 +168,7 @@ def test_reserved_states_are_those_that_a_step_makes(optimizer: str) -> None:
     for each in optimizers:
         each.step()
     states = [t for each in optimizers for state in each.state.values() for t in state.values()]
+    states += [t for each in optimizers for t in getattr(each, "momentum", {}).values()]
     made = sum(t.numel() for t in states if t.dim())  # without the counts of steps
     assert hardware._state_floats(model, optimizer, 1) == made
     assert hardware._state_floats(model, optimizer, 8) == made + sum(p.numel() for p in model.parameters())
