@@ -16,7 +16,7 @@ import torch
 import torch._dynamo  # before `install`: it looks at the functions of torch.cuda by name
 import torch.distributed as dist
 import torch.nn.parallel.distributed as ddp
-from recorder import Recorder
+from recorder import LATE_EVENT, NEW_EVENT, SYNCHRONIZE, Recorder
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -65,7 +65,7 @@ def _on() -> Recorder:
 
 
 class Event:
-    """torch.cuda.Event: waiting for it is recorded, with the step in which it was recorded itself."""
+    """torch.cuda.Event. Waiting for it is noted, and whether this step or an earlier one recorded it."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self.moment = -1
@@ -76,16 +76,19 @@ class Event:
 
     def synchronize(self) -> None:
         age = _on().step - self.step
-        _on().wait("event of this step" if age == 0 else "event of an earlier step", until=self.moment)
+        _on().wait(LATE_EVENT if age else NEW_EVENT, until=self.moment)
 
     def query(self) -> bool:
+        _on().happened(self.moment)
         return True
 
     def wait(self, stream: object = None) -> None:
         pass
 
     def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds; a thousand recorded operations take one."""
+        """Milliseconds: one per thousand operations. Both events must have happened, as on a real device."""
+        if not _on().has_happened(max(self.moment, end.moment)):
+            raise RuntimeError("CUDA error: device not ready")
         return max(1.0, (end.moment - self.moment) / 1000)
 
 
@@ -104,7 +107,7 @@ class Stream:
         pass
 
     def synchronize(self) -> None:
-        _on().wait("synchronize")
+        _on().wait(SYNCHRONIZE)
 
     def wait_stream(self, stream: object) -> None:
         pass
@@ -122,27 +125,28 @@ class Stream:
 
 
 def _cuda_functions() -> dict[str, object]:
-    nothing = lambda *_, **__: None  # noqa: E731
     answer = lambda value: lambda *_, **__: value  # noqa: E731
     stream = Stream()
     return {
         "is_available": answer(True),
         "is_initialized": answer(True),
-        "init": nothing,
-        "_lazy_init": nothing,
+        "init": answer(None),
+        "_lazy_init": answer(None),
         "device_count": answer(1),
         "current_device": answer(0),
-        "set_device": nothing,
+        "set_device": answer(None),
         "get_device_name": answer(NAME),
         "get_device_capability": answer(CAPABILITY),
         "get_device_properties": lambda *_: types.SimpleNamespace(
             name=NAME, total_memory=_on().capacity, major=8, minor=0, multi_processor_count=108
         ),
         "is_bf16_supported": answer(True),
-        "manual_seed": nothing,
-        "manual_seed_all": nothing,
-        "synchronize": lambda *_: _on().wait("synchronize"),
-        "empty_cache": nothing,
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": answer(None),
+        "manual_seed": answer(None),
+        "manual_seed_all": answer(None),
+        "synchronize": lambda *_: _on().wait(SYNCHRONIZE),
+        "empty_cache": answer(None),
         "mem_get_info": lambda *_: (_on().capacity - _on().live_bytes, _on().capacity),
         "memory_allocated": lambda *_: _on().live_bytes,
         "memory_reserved": lambda *_: _on().live_bytes,

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
+FOLDER = "FAKE_CUDA_FOLDER"  # environment variable: where the library is, or will be
+DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / ".pytest_cache" / "fake_cuda"
 
 
 def compiler() -> str | None:
@@ -23,8 +25,10 @@ def compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def build(folder: Path) -> Path:
-    """The library in `folder`, compiled (10 s) unless it is there. Raises RuntimeError if that fails."""
+def build() -> Path:
+    """The library, compiled (10 s) unless it is there already. Raises RuntimeError if that fails."""
+    folder = Path(os.environ.get(FOLDER, DEFAULT_FOLDER))
+    folder.mkdir(parents=True, exist_ok=True)
     key = SOURCE.read_bytes() + importlib.metadata.version("torch").encode() + sys.executable.encode()
     library = folder / f"fake_cuda_{hashlib.sha256(key).hexdigest()[:12]}.so"
     if library.exists():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,8 @@ PINNED_IN, PINNED_OUT = "pinned copy to the device", "pinned copy to the host"
 BLOCKING_IN, BLOCKING_OUT = "blocking copy to the device", "blocking copy to the host"
 READ = "read of a number"  # .item(), .tolist(), float(), if tensor: waits
 EARLY = "read before its copy has arrived"  # a race: neither event nor synchronize came between
+SYNCHRONIZE = "synchronize"
+NEW_EVENT, LATE_EVENT = "event of this step", "event of an earlier step"  # waited for
 COLLECTIVE = "collective"
 
 
@@ -69,6 +72,11 @@ class Recorder(TorchDispatchMode):
         self._known: dict[int, Tensor] = {}  # storage -> the number in it
         self._arrived = 0  # everything enqueued until then has happened
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """torch.compile would otherwise not compile under this mode."""
+        return True
+
     # ------------------------------------------------------------ what the device is told
 
     def begin_step(self) -> None:
@@ -90,7 +98,14 @@ class Recorder(TorchDispatchMode):
     def wait(self, kind: str, until: int | None = None) -> None:
         """Note that the host waits for what was enqueued `until` then (None: for all)."""
         self._note(kind)
-        self._arrived = max(self._arrived, self._operations if until is None else until)
+        self.happened(self._operations if until is None else until)
+
+    def happened(self, moment: int) -> None:
+        """Note that the host knows the device to have come so far."""
+        self._arrived = max(self._arrived, moment)
+
+    def has_happened(self, moment: int) -> bool:
+        return moment <= self._arrived
 
     def pin(self, tensor: Tensor) -> None:
         """Note that the tensor's memory is pinned."""
@@ -108,6 +123,8 @@ class Recorder(TorchDispatchMode):
         self, func: torch._ops.OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = dict(kwargs or {})
+        if TracingContext.try_get():  # torch.compile looks at what the operations would do
+            return func(*args, **kwargs)
         self._operations += 1
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default):

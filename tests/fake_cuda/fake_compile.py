@@ -1,0 +1,101 @@
+"""torch.compile on the fake CUDA device: the graphs that Inductor would get, kept, and run op by op.
+
+As for Inductor, operations are decomposed and the partitioner chooses what the backward pass gets from the
+forward pass and what it computes again.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import GraphModule, Node
+
+# Operations whose result shares its input's memory.
+VIEWS = ("view", "reshape", "permute", "transpose", "t", "expand", "slice", "select", "split", "unsqueeze",
+         "squeeze", "as_strided", "alias", "detach")  # fmt: skip
+
+
+class Graphs:
+    """Collects what torch.compile makes while this object is in use (`with`)."""
+
+    def __init__(self, fullgraph: bool) -> None:
+        self.kept: list[tuple[str, GraphModule]] = []
+        self.compile = torch.compile
+        self.options = {"backend": self._backend(), "fullgraph": fullgraph}
+
+    def __enter__(self) -> "Graphs":
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile = functools.partial(self.compile, **self.options)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.compile = self.compile
+        self.n_dynamo = counters["stats"]["unique_graphs"]
+
+    def _backend(self) -> Callable:
+        def keep(kind: str, graph: GraphModule, inputs: list[Tensor]) -> Callable:
+            self.kept.append((kind, graph))
+            return make_boxed_func(graph.forward)
+
+        return aot_autograd(
+            fw_compiler=functools.partial(keep, "forward"),
+            bw_compiler=functools.partial(keep, "backward"),
+            inference_compiler=functools.partial(keep, "inference"),
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
+
+    def report(self) -> dict[str, object]:
+        """Numbers of graphs, and of the last training graph: saved bytes, tangents, shapes of both."""
+        kinds = [kind for kind, _ in self.kept]
+        found: dict[str, object] = {
+            "graphs": self.n_dynamo,
+            **{k: kinds.count(k) for k in sorted(set(kinds))},
+        }
+        if "backward" in kinds:
+            forward, backward = (
+                [g for k, g in self.kept if k == kind][-1] for kind in ("forward", "backward")
+            )
+            given = [n for n in backward.graph.find_nodes(op="placeholder")]
+            found["tangents"] = [_describe(n) for n in given if "tangents" in n.name]
+            found["saved"] = [_describe(n) for n in saved_for_backward(forward, backward)]
+        return found
+
+
+def saved_for_backward(forward: GraphModule, backward: GraphModule) -> list[Node]:
+    """What the forward graph keeps for the backward one beside its own inputs: each memory once."""
+    needed = {n.name for n in backward.graph.find_nodes(op="placeholder") if "tangents" not in n.name}
+    (output,) = forward.graph.find_nodes(op="output")
+    roots = {}
+    for node in output.args[0]:
+        if isinstance(node, Node) and node.name in needed and isinstance(node.meta.get("val"), Tensor):
+            root = _memory_of(node)
+            if root.op != "placeholder":
+                roots[root] = None
+    return list(roots)
+
+
+def _memory_of(node: Node) -> Node:
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        name = getattr(node.target, "_opname", "")
+        if name not in VIEWS:
+            break
+        node = node.args[0]
+    return node
+
+
+def _describe(node: Node) -> dict[str, object]:
+    value = node.meta["val"]
+    return {
+        "shape": list(value.shape),
+        "dtype": str(value.dtype)[6:],
+        "elements": value.numel(),
+        "bytes": value.numel() * value.element_size(),
+        "operation": str(node.target),
+    }
