@@ -18,7 +18,7 @@ Report = dict[str, object]
 
 @pytest.fixture(scope="session")
 def run_cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, list[dict]], list[Report]]:
-    """run_cases(name, cases): the reports of fake_training.py; a name stands for the same cases throughout."""
+    """run_cases(name, cases): reports of fake_training.py; a name stands for the same cases throughout."""
     if sys.platform != "linux":
         pytest.skip("the fake CUDA device is made for Linux")
     if fake_library.compiler() is None:

@@ -52,7 +52,7 @@ class Graphs:
         )
 
     def report(self) -> dict[str, object]:
-        """Numbers of graphs, and of the last training graph: saved bytes, tangents, shapes of both."""
+        """Numbers of graphs; of the last one for training what is saved, its tangents, and its peak bytes."""
         kinds = [kind for kind, _ in self.kept]
         found: dict[str, object] = {
             "graphs": self.n_dynamo,
@@ -64,6 +64,7 @@ class Graphs:
             )
             given = [n for n in backward.graph.find_nodes(op="placeholder")]
             found["tangents"] = [_describe(n) for n in given if "tangents" in n.name]
+            found["backward_peak"] = peak_of_backward(backward)
             found["saved"] = [_describe(n) for n in saved_for_backward(forward, backward)]
         return found
 
@@ -79,6 +80,38 @@ def saved_for_backward(forward: GraphModule, backward: GraphModule) -> list[Node
             if root.op != "placeholder":
                 roots[root] = None
     return list(roots)
+
+
+def peak_of_backward(graph: GraphModule) -> int:
+    """Bytes alive at the peak of a compiled backward pass: what the forward pass left, and its own.
+
+    Inductor stores what matrix products and attention read and write, and what is returned; the rest it fuses
+    into these. What is saved is freed after its last use. Parameters are not counted.
+    """
+    nodes = list(graph.graph.nodes)
+    stored = {_memory_of(n) for n in nodes if n.op == "placeholder" and not n.name.startswith("primals")}
+    for node in nodes:
+        if node.op == "output" or _is_kernel(node):
+            stored |= {_memory_of(n) for n in node.all_input_nodes if not n.name.startswith("primals")}
+            stored |= {node} if node.op != "output" else set()
+    stored = {n for n in stored if isinstance(n.meta.get("val"), Tensor)}
+    last_use: dict[Node, Node] = {}
+    reads: dict[Node, set[Node]] = {}  # the stored memory behind a node
+    for node in nodes:
+        reads[node] = {m for n in node.all_input_nodes for m in ({n} if n in stored else reads[n])}
+        last_use |= dict.fromkeys(reads[node], node)
+    size = {n: _describe(n)["bytes"] for n in stored}
+    live = peak = sum(size[n] for n in stored if n.op == "placeholder")
+    for node in nodes:
+        if node in stored and node.op != "placeholder":
+            live += size[node]
+        peak = max(peak, live)
+        live -= sum(size[m] for m in reads[node] if last_use[m] is node)
+    return peak
+
+
+def _is_kernel(node: Node) -> bool:
+    return node.op == "call_function" and any(word in str(node.target) for word in ("mm", "attention"))
 
 
 def _memory_of(node: Node) -> Node:

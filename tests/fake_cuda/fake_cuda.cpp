@@ -17,7 +17,7 @@ struct FakeCUDAHooks final : public CUDAHooksInterface {
   bool hasCUDA() const override { return true; }
   bool hasCuDNN() const override { return true; }
   bool compiledWithCuDNN() const override { return true; }
-  long versionRuntimeCuDNN() const override { return 91900; }
+  long versionRuntimeCuDNN() const { return 91900; } // NOLINT: older torch has no such question
   int getNumGPUs() const override { return 1; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex current_device() const override { return 0; }

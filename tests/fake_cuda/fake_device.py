@@ -179,7 +179,7 @@ def _pin_memory(self: Tensor, *_: object) -> Tensor:
 
 def _tolist(self: FakeTensor) -> object:
     """Zeros in the tensor's shape: one wait, however many numbers."""
-    value: object = self.flatten()[:1].sum().item() if self.numel() else 0
+    value: object = self.flatten()[0].item() if self.numel() else 0
     for n in reversed(self.shape):
         value = [value] * n
     return value

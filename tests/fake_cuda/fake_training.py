@@ -161,7 +161,9 @@ def describe(training: Training) -> str:
         sizes = collections.Counter()
         for tensor in saved:
             sizes[f"{tensor['dtype']} {tuple(tensor['shape'])} {tensor['operation']}"] += tensor["bytes"]
-        lines += ["", f"compiled: {graphs}", f"saved for backward: {sizes.total() / gb:.2f} GB"]
+        peak = graphs.pop("backward_peak")
+        lines += ["", f"compiled: {graphs}", f"peak of the backward pass: {peak / gb:.2f} GB"]
+        lines += [f"saved for it: {sizes.total() / gb:.2f} GB"]
         lines += [f"  {n / gb:7.2f} GB  {what}" for what, n in sizes.most_common(15)]
     return "\n".join(lines)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 aten = torch.ops.aten
@@ -122,22 +121,27 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: torch._ops.OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked twice per operation: a shortcut
         kwargs = dict(kwargs or {})
         if TracingContext.try_get():  # torch.compile looks at what the operations would do
             return func(*args, **kwargs)
         self._operations += 1
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = _tensors((args, kwargs))
         if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default):
             return self._read(func, args[0])
+        copies = func in (aten._to_copy.default, aten.copy_.default)
+        if self._arrivals and not func.is_view:
+            self._check_arrival(inputs[-1:] if copies else inputs)
         pinned = kwargs.pop("pin_memory", None)
         out = func(*args, **kwargs)
         if func._schema.is_mutable and func.namespace != "c10d":  # what one process has, all have here
             for t in inputs:
                 self._known.pop(t.untyped_storage()._cdata, None)
-        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        outputs = _tensors(out)
         if func.namespace == "c10d":
-            self._note(COLLECTIVE, sum(t.nbytes for t in tree_leaves(args[0]) if isinstance(t, Tensor)), func)
-        elif func in (aten._to_copy.default, aten.copy_.default):
+            self._note(COLLECTIVE, sum(t.nbytes for t in _tensors(args[0])), func)
+        elif copies:
             blocking = not (
                 kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:3] == (True,))
             )
@@ -157,8 +161,8 @@ class Recorder(TorchDispatchMode):
         """The number, if it came from the host; fake tensors hold no data: any other is 0."""
         if _on_device(tensor):
             self.wait(READ)
-        elif self._arrivals.get(tensor.untyped_storage()._cdata, 0) > self._arrived:
-            self._note(EARLY)
+        else:
+            self._check_arrival([tensor])
         value = self._value(tensor)
         if value is None:
             number = 0.0 if tensor.dtype.is_floating_point else 0
@@ -166,6 +170,12 @@ class Recorder(TorchDispatchMode):
             with _disable_current_modes():
                 number = value.item()
         return bool(number) if func is aten.is_nonzero.default else number
+
+    def _check_arrival(self, tensors: list[Tensor]) -> None:
+        """Note if one of these is the target of a copy that may be still under way."""
+        for tensor in tensors:
+            if self._arrivals.get(tensor.untyped_storage()._cdata, 0) > self._arrived:
+                self._note(EARLY)
 
     def _value(self, tensor: Tensor) -> Tensor | None:
         """The real tensor behind a fake one of a few numbers that were copied from the host, as they were."""
@@ -180,8 +190,6 @@ class Recorder(TorchDispatchMode):
         if value is not None and target.numel() == 1:
             self._remember(target, self._known, value)
         if _on_device(source) == _on_device(target):
-            if self._arrivals.get(source.untyped_storage()._cdata, 0) > self._arrived:
-                self._note(EARLY)
             return
         if _on_device(target):
             asynchronous = self.is_pinned(source) and not blocking
@@ -263,6 +271,15 @@ class Recorder(TorchDispatchMode):
             "peak_bytes": self.peak_bytes,
             "largest_at_peak": largest.most_common(12),
         }
+
+
+def _tensors(values: object) -> list[Tensor]:
+    """The tensors in lists, tuples and dictionaries, in their order."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, list | tuple):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return _tensors(list(values.values())) if isinstance(values, dict) else []
 
 
 def _on_device(tensor: Tensor) -> bool:
