@@ -62,7 +62,7 @@ class Case:
 
     flags: list[str] = field(default_factory=list)  # of train_gpt2.py, after FLAGS
     processes: int = 1  # this one is rank 0 of so many
-    gpu_memory: float = 80e9  # bytes
+    gpu_memory: float = 80e9  # bytes; 0: one less than a step of the run before needed
     flops: bool = False  # count the last step's
     plant: str = ""  # a fault, by its name in planted.py
 
@@ -172,6 +172,7 @@ def run_all(cases: list[Case]) -> list[dict[str, object]]:
     """The reports of these runs, one after another; of a run that fails {"error": its traceback}."""
     reports = []
     for case in cases:
+        case.gpu_memory = case.gpu_memory or reports[-1]["step_peak"] - 1
         with tempfile.TemporaryDirectory() as folder:
             training = Training(case, Path(folder))
             try:

@@ -7,12 +7,13 @@ what is noted of it in recorder.py. Values, kernels, streams and time are not te
 from collections.abc import Callable
 
 import pytest
+from groups import COMPILED, PLANTED, REHEARSALS, STEPS, XL
 
 from model import GPTConfig
 from support import planning
 
 Report = dict[str, object]
-Runner = Callable[[str, list[dict]], list[Report]]
+Reports = Callable[[str], list[Report]]
 
 GPT2 = GPTConfig(padded_vocab_size=50304)
 N_PARAMETERS = GPT2.n_parameters + (50304 - 50257) * GPT2.n_embd  # with the embedding's padding
@@ -64,21 +65,12 @@ def places(found: list[dict]) -> set[tuple[str, str]]:
 
 # ---------------------------------------------------------------- whole runs
 
-RUNS = [(processes, dtype) for processes in (1, 8) for dtype in ("bfloat16", "float16")]
 
-
-def rehearsals(optimizer: str, run_cases: Runner) -> dict[tuple[int, str], Report]:
-    """Reports of GPT-2 124M at B = 64 and T = 1024, by processes and precision."""
-    cases = [{"flags": ["--optimizer", optimizer, "--dtype", d], "processes": n} for n, d in RUNS]
-    cases[0]["flags"] += ["--max-steps", "4"]  # once with samples and a checkpoint in the middle of the run
-    return dict(zip(RUNS, run_cases(optimizer, cases), strict=True))
-
-
-@pytest.fixture(params=[(o, *run) for o in ("adamw", "muon") for run in RUNS], ids=str)
-def rehearsal(request: pytest.FixtureRequest, run_cases: Runner) -> tuple[str, int, str, Report]:
+@pytest.fixture(params=[(o, *run) for o in ("adamw", "muon") for run in REHEARSALS], ids=str)
+def rehearsal(request: pytest.FixtureRequest, reports: Reports) -> tuple[str, int, str, Report]:
     """Optimizer, processes, precision, and the report of their run."""
-    optimizer, processes, dtype = request.param
-    return *request.param, rehearsals(optimizer, run_cases)[processes, dtype]
+    optimizer, *run = request.param
+    return *request.param, reports(optimizer)[REHEARSALS.index(tuple(run))]
 
 
 @pytest.mark.xfail(strict=True, reason="Progress.report asks for the numbers of the step just enqueued")
@@ -127,8 +119,8 @@ def test_gradients_travel_once_per_step(rehearsal: tuple) -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="Muon broadcasts every matrix by itself, in fp32")
-def test_muon_exchanges_its_updates_in_two_collectives(run_cases: Runner) -> None:
-    report = rehearsals("muon", run_cases)[8, "bfloat16"]
+def test_muon_exchanges_its_updates_in_two_collectives(reports: Reports) -> None:
+    report = reports("muon")[REHEARSALS.index((8, "bfloat16"))]
     found = [e for e in entries(report, {2}) if e["kind"] == "collective" and not e["in_backward"]]
     updates = [e for e in found if e["name"] != "c10d.allreduce_"]
     assert len(updates) <= 2
@@ -140,16 +132,8 @@ def test_muon_exchanges_its_updates_in_two_collectives(run_cases: Runner) -> Non
 
 
 @pytest.fixture
-def compiled(run_cases: Runner) -> dict[str, Report]:
-    """Compiled runs: the model as it is, the loss in chunks, as one of eight processes."""
-    shared = ["--compile", "--micro-batch-size", "64", "--hellaswag-interval", "0", "--max-steps", "2"]
-    small = ["--n-layer", "2"]
-    cases = {
-        "one chunk": {"flags": [*shared, "--loss-chunks", "1"]},
-        "chunks": {"flags": [*shared, *small, "--loss-chunks", "8"]},
-        "processes": {"flags": [*shared, *small, "--loss-chunks", "1"], "processes": 8},
-    }
-    return dict(zip(cases, run_cases("compiled", list(cases.values())), strict=True))
+def compiled(reports: Reports) -> dict[str, Report]:
+    return dict(zip(COMPILED, reports("compiled"), strict=True))
 
 
 @pytest.mark.parametrize("case", ["one chunk", "chunks"])
@@ -197,26 +181,13 @@ def sizes(tensors: list[dict]) -> list[int]:
 
 # ---------------------------------------------------------------- memory and FLOPs
 
-XL = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
-STEPS_ONLY = [
-    "--max-steps", "2", "--val-interval", "0", "--hellaswag-interval", "0", "--sample-interval", "0",
-    "--checkpoint-interval", "0", "--no-reload-checkpoints",
-]  # fmt: skip
 # Bytes live at the peak of a step of one of eight processes, not compiled: at most.
 PEAKS = {"124M, B = 1": 3.9e9, "124M, B = 8": 11.5e9, "124M, B = 64": 71.5e9, "xl, B = 1": 38.5e9}
 
 
 @pytest.fixture
-def steps(run_cases: Runner) -> dict[str, Report]:
-    """Two steps of two rounds, by model and micro-batch."""
-    cases = []
-    for name in PEAKS:
-        B = int(name.split()[-1])
-        flags = [*STEPS_ONLY, "--micro-batch-size", str(B), "--total-batch-size", str(8 * 2 * B * 1024)]
-        if name.startswith("xl"):
-            flags += ["--n-layer", str(XL.n_layer), "--n-head", str(XL.n_head), "--n-embd", str(XL.n_embd)]
-        cases.append({"flags": flags, "processes": 8, "flops": B == 8})
-    return dict(zip(PEAKS, run_cases("steps", cases), strict=True))
+def steps(reports: Reports) -> dict[str, Report]:
+    return dict(zip(STEPS, reports("steps"), strict=True))
 
 
 @pytest.mark.parametrize("name", PEAKS)
@@ -228,13 +199,9 @@ def test_peak_memory_of_a_step(name: str, steps: dict[str, Report]) -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="the search tries a step without its gradients' buckets and states")
-def test_a_micro_batch_that_the_search_calls_fitting_fits(
-    steps: dict[str, Report], run_cases: Runner
-) -> None:
-    """On a device with one byte less than B = 64 takes, training must start with 32 and run."""
-    memory = steps["124M, B = 64"]["step_peak"] - 1
-    flags = [*STEPS_ONLY, "--total-batch-size", str(8 * 64 * 1024)]
-    (report,) = run_cases("search", [{"flags": flags, "processes": 8, "gpu_memory": memory}])
+def test_a_micro_batch_that_the_search_calls_fitting_fits(steps: dict[str, Report]) -> None:
+    """On a device with one byte less than B = 64 takes, training must start with 32, and run."""
+    report = steps["search"]
     copies = [e for e in entries(report, {1}) if e["kind"] == "pinned copy to the device"]
     assert {e["n_bytes"] for e in copies} == {8 * 32 * 1024}
 
@@ -242,7 +209,7 @@ def test_a_micro_batch_that_the_search_calls_fitting_fits(
 @pytest.mark.xfail(strict=True, reason="the tangent of the returned logits is not in the plan")
 def test_planned_memory_is_what_the_compiled_step_needs(compiled: dict[str, Report]) -> None:
     """--plan against weights, gradients, moments, buckets, and the peak of the traced backward pass."""
-    report = compiled["one chunk"]
+    report = compiled["full size"]
     entries(report)
     saved = sum(t["bytes"] for t in report["graphs"]["saved"])
     assert saved < report["graphs"]["backward_peak"] < 1.5 * saved
@@ -262,9 +229,7 @@ def test_flops_of_a_step_are_those_of_the_formula(steps: dict[str, Report]) -> N
 
 # ---------------------------------------------------------------- the tests' own test
 
-TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "64", "--micro-batch-size", "4",
-        "--total-batch-size", str(2 * 2 * 4 * 1024), *STEPS_ONLY]  # fmt: skip
-PLANTED = {
+WAITS = {
     "hidden item": ("update", "read of a number"),
     "index from the host": ("update", "blocking copy to the device"),
     "not pinned": ("update", "blocking copy to the device"),
@@ -274,17 +239,14 @@ PLANTED = {
 
 
 @pytest.fixture
-def planted(run_cases: Runner) -> dict[str, Report]:
-    """Small runs with faults from planted.py."""
-    names = ["", *PLANTED, "wrong device", "gradients in every round"]
-    cases = [{"flags": TINY, "processes": 2, "plant": name} for name in names]
-    return dict(zip(names, run_cases("planted", cases), strict=True))
+def planted(reports: Reports) -> dict[str, Report]:
+    return dict(zip(PLANTED, reports("planted"), strict=True))
 
 
-@pytest.mark.parametrize("fault", PLANTED)
+@pytest.mark.parametrize("fault", WAITS)
 def test_a_planted_wait_is_noted(fault: str, planted: dict[str, Report]) -> None:
     seen = [{(e["phase"], e["kind"]) for e in entries(planted[name], {1, 2})} for name in ("", fault)]
-    assert PLANTED[fault] in seen[1] - seen[0]
+    assert WAITS[fault] in seen[1] - seen[0]
 
 
 def test_a_planted_tensor_on_the_wrong_device_fails(planted: dict[str, Report]) -> None:

@@ -1,0 +1,84 @@
+"""The runs that the tests look at, in groups: each group is a process of its own, each run a `Case` there.
+
+fake_training.py says what the keys of a case mean.
+"""
+
+from model import GPTConfig
+
+STEPS_ONLY = [
+    "--max-steps", "2", "--val-interval", "0", "--hellaswag-interval", "0", "--sample-interval", "0",
+    "--checkpoint-interval", "0", "--no-reload-checkpoints",
+]  # fmt: skip
+
+# ---------------------------------------------------------------- whole runs
+
+# GPT-2 124M at B = 64 and T = 1024, in this order: processes and precision.
+REHEARSALS = [(processes, dtype) for processes in (1, 8) for dtype in ("bfloat16", "float16")]
+
+
+def rehearsals(optimizer: str) -> list[dict]:
+    """One run of each."""
+    cases = [{"flags": ["--optimizer", optimizer, "--dtype", d], "processes": n} for n, d in REHEARSALS]
+    cases[0]["flags"] += ["--max-steps", "4"]  # once with samples and a checkpoint in the middle of the run
+    return cases
+
+
+# ---------------------------------------------------------------- torch.compile
+
+COMPILED = ["one chunk", "chunks", "processes", "full size"]
+
+
+def compiled() -> list[dict]:
+    """Two layers with the loss in one chunk, in several, and as one of eight processes; all twelve layers."""
+    flags = ["--compile", "--micro-batch-size", "64", "--hellaswag-interval", "0", "--no-reload-checkpoints"]
+    small = [*flags, "--n-layer", "2", "--max-steps", "2"]
+    full = [*flags, "--max-steps", "1", "--val-interval", "0", "--total-batch-size", str(64 * 1024)]
+    return [
+        {"flags": [*small, "--loss-chunks", "1"]},
+        {"flags": [*small, "--loss-chunks", "8"]},
+        {"flags": [*small, "--loss-chunks", "1"], "processes": 8},
+        {"flags": full},
+    ]
+
+
+# ---------------------------------------------------------------- memory
+
+XL = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
+STEPS = ["xl, B = 1", "124M, B = 1", "124M, B = 8", "124M, B = 64", "search"]
+
+
+def steps() -> list[dict]:
+    """Two steps of two rounds of one of eight processes; at last on a device that is too small for B = 64."""
+    cases = []
+    for name in STEPS[:-1]:
+        B = int(name.split()[-1])
+        flags = [*STEPS_ONLY, "--micro-batch-size", str(B), "--total-batch-size", str(8 * 2 * B * 1024)]
+        if name.startswith("xl"):
+            flags += ["--n-layer", str(XL.n_layer), "--n-head", str(XL.n_head), "--n-embd", str(XL.n_embd)]
+        cases.append({"flags": flags, "processes": 8, "flops": B == 8})
+    flags = [*STEPS_ONLY, "--total-batch-size", str(8 * 2 * 64 * 1024)]
+    return [*cases, {"flags": flags, "processes": 8, "gpu_memory": 0}]
+
+
+# ---------------------------------------------------------------- planted faults
+
+PLANTED = [
+    "", "hidden item", "index from the host", "not pinned", "early read", "synchronize", "wrong device",
+    "gradients in every round",
+]  # fmt: skip
+
+
+def planted() -> list[dict]:
+    """Small runs, each with one of the faults in planted.py."""
+    flags = ["--n-layer", "1", "--n-head", "2", "--n-embd", "64", *STEPS_ONLY]
+    flags += ["--micro-batch-size", "4", "--total-batch-size", str(2 * 2 * 4 * 1024)]
+    return [{"flags": flags, "processes": 2, "plant": name} for name in PLANTED]
+
+
+GROUPS = {  # the longest first
+    "muon": rehearsals("muon"),
+    "adamw": rehearsals("adamw"),
+    "compiled": compiled(),
+    "steps": steps(),
+    "planted": planted(),
+}
