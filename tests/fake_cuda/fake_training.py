@@ -133,7 +133,7 @@ class Training:
     def report(self) -> dict[str, object]:
         """What was seen, as plain values."""
         seen = {"step_peak": self.step_peak, "flops": self.flops, "graphs": self.graphs.report()}
-        return {**self.recorder.report(), **seen, "settings": {"max_steps": self.settings.max_steps}}
+        return {**self.recorder.report(), **seen}
 
 
 def describe(training: Training) -> str:

@@ -206,11 +206,6 @@ class Recorder(TorchDispatchMode):
 
     # ------------------------------------------------------------ bytes
 
-    def add(self, tensors: Iterator[Tensor]) -> None:
-        """Count tensors that were made before this recorder was active."""
-        for tensor in tensors:
-            self._allocate(tensor)
-
     def _allocate(self, tensor: Tensor) -> None:
         if not _on_device(tensor):
             return
@@ -292,7 +287,7 @@ def _frames() -> list[Frame]:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(str(ROOT)) and not file.startswith((f"{ROOT}/tests", f"{ROOT}/.venv")):
+        if file.startswith(f"{ROOT}/") and "/tests/" not in file and "/site-packages/" not in file:
             found.append((file[len(str(ROOT)) + 1 :], frame.f_code.co_name, frame.f_lineno))
         frame = frame.f_back
     return found[::-1]
