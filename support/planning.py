@@ -4,8 +4,11 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from support.cli import UserError
 from support.gpus import GPUS
+from support.loss import default_chunks
 
 LINK_EFFICIENCY = 0.8  # share of a link's bandwidth that a large all-reduce reaches
 # Of a GPU's memory the CUDA context takes 1 GB, and a tenth is left for fragments of the allocator's.
@@ -72,7 +75,7 @@ def memory_bytes(
     gradients. Matrices once more in 16 bits.
     Activations, as traced from the compiled graph: 36·T·B·d per block (8 for normalised states in fp32, 16
     for the MLP, 6 for q, k and v, 4 for the inputs of c_attn and c_fc, 2 for attention's output), 4·T·B·d
-    for the first block's input. Logits in 16 bits, which become their own gradient in place.
+    for the first block's input. Logits of one chunk of the loss in 16 bits, which become their own gradient.
     """
     tokens, d = sequence_length * micro_batch_size, config.n_embd
     blocks = 12 * config.n_layer * d * d  # parameters of the blocks' matrices
@@ -80,7 +83,8 @@ def memory_bytes(
     state = per_parameter * config.n_parameters - (4 * blocks if optimizer == "muon" else 0)
     weights = 2 * (blocks + config.vocab_size * d)
     activations = tokens * d * (36 * config.n_layer + 4)
-    return state + weights + activations + 2 * tokens * config.vocab_size
+    logits = 2 * tokens * config.vocab_size / default_chunks(tokens, torch.device("cuda"))
+    return state + weights + activations + logits
 
 
 def all_reduce_seconds(n_bytes: float, processes: int, gigabytes_per_second: float) -> float:

@@ -60,6 +60,7 @@ class Recorder(TorchDispatchMode):
         self.entries: list[Entry] = []
         self.step = self.round = 0
         self.live_bytes = self.peak_bytes = 0
+        self.reserved_bytes = 0  # what torch's allocator keeps for later: the most since empty_cache
         self._live: dict[int, tuple[int, str]] = {}
         self.at_peak: list[tuple[int, str]] = []  # size and description of what was live then, to 0.1 %
         self._peak_described = 0
@@ -222,10 +223,15 @@ class Recorder(TorchDispatchMode):
             self._live[key] = (size, f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}")
             weakref.finalize(storage, self._free, key).atexit = False
             self.live_bytes += size
+            self.reserved_bytes = max(self.reserved_bytes, self.live_bytes)
             if self.live_bytes > self.peak_bytes:
                 self.peak_bytes = self.live_bytes
                 if self.peak_bytes > 1.001 * self._peak_described:
                     self._peak_described, self.at_peak = self.peak_bytes, list(self._live.values())
+
+    def empty_cache(self) -> None:
+        """Give back what is reserved and not live."""
+        self.reserved_bytes = self.live_bytes
 
     def _free(self, key: int) -> None:
         with self._lock:
@@ -250,6 +256,7 @@ class Recorder(TorchDispatchMode):
         frames = here if any(name == "train" for _, name, _ in here) else [*outer, *here]
         names = [name for _, name, _ in frames]
         after = frames[names.index("train") + 1 :] if "train" in names else frames
+        after = after[1:] if after and after[0][1] == "run_steps" else after
         file, function, line = frames[-1] if frames else ("?", "?", 0)
         phase = after[0][1] if after else "train"
         place = f"{file}:{function}"
