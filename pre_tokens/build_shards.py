@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from pre_tokens import shards
 from pre_tokens.shards import MANIFEST, Place
-from support import tokenizer
+from support import files, tokenizer
 from support.cli import UserError
-from support.files import sha256_of
 
 _END_OF_TEXT = np.array([tokenizer.END_OF_TEXT_ID], dtype=np.uint32)
 
@@ -157,9 +156,9 @@ def _save(out_dir: Path, name: str, number: int, tokens: np.ndarray) -> dict[str
         "documents": int(np.count_nonzero(tokens == tokenizer.END_OF_TEXT_ID)),
         "tokens": len(tokens),
         "bytes": temporary.stat().st_size,
-        "sha256": sha256_of(temporary),
+        "sha256": files.sha256_of(temporary),
     }
-    os.replace(temporary, path)
+    files.replace(temporary, path)
     return entry
 
 

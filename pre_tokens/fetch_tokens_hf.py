@@ -6,7 +6,6 @@
 train_gpt2.py fetches what it needs by itself. `python dataloader.py` does the same as this script.
 """
 
-import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +20,8 @@ from tqdm.utils import CallbackIOWrapper
 from pre_tokens import shards
 from pre_tokens.shards import MANIFEST, SHARD_NAME
 from settings import PRESETS
-from support import cli, hub
+from support import cli, files, hub
 from support.cli import UserError
-from support.files import sha256_of
 
 PARALLEL_DOWNLOADS = 4
 
@@ -164,7 +162,7 @@ def _download(url: str, data_dir: Path, part: Path, entry: dict, bar: tqdm) -> N
     with hub.user_errors(name, "run the same command again to continue"):
         # The client itself waits and retries on the other statuses.
         hub.with_retries(lambda: _continue_download(url, part, n_bytes, bar), retry_on=hub.SERVER_ERRORS)
-    if entry["sha256"] and sha256_of(part) != entry["sha256"]:
+    if entry["sha256"] and files.sha256_of(part) != entry["sha256"]:
         part.unlink()
         raise UserError(
             f"{name}: arrived with another SHA-256 than the Hub lists: run the same command again"
@@ -174,7 +172,8 @@ def _download(url: str, data_dir: Path, part: Path, entry: dict, bar: tqdm) -> N
     except UserError:
         part.unlink()
         raise
-    os.replace(part, data_dir / name)
+    files.flush_to_disk(part)
+    files.replace(part, data_dir / name)
 
 
 def _continue_download(url: str, part: Path, n_bytes: int, bar: tqdm) -> None:
@@ -212,7 +211,7 @@ def main() -> None:
     manifest = shards.read_manifest(s.data_dir / MANIFEST) or {"shards": []}
     hashes = {entry["file"]: entry["sha256"] for entry in manifest["shards"]}
     for shard in tqdm(found, unit="shard", desc="verifying", disable=None):
-        if hashes.get(shard.path.name) not in (None, sha256_of(shard.path)):
+        if hashes.get(shard.path.name) not in (None, files.sha256_of(shard.path)):
             raise UserError(f"{shard.path}: damaged: remove it and run the same command again")
     tokens = sum(shard.n_tokens for shard in found)
     print(f"{len(found)} shards, {tokens:,} tokens: {s.data_dir}")

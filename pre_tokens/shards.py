@@ -142,7 +142,7 @@ def find_shards(data_dir: Path, num_shards: int = 0) -> dict[Split, list[Shard]]
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder and hold its lock, waiting for any other process or machine that writes there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     lock = files.lock_folder(folder)
     if lock is None:
         print(f"{folder}: waiting for another process that is writing shards there", file=sys.stderr)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from support import pretrained, tokenizer
 from support.cli import UserError
-from support.files import flush_to_disk, sha256_of
+from support.files import flush_to_disk, make_folder, sha256_of
 
 FOLDER = "checkpoints"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -111,7 +111,7 @@ def save(out_dir: Path, step: int, state: Snapshot, keep: int) -> Path:
     folder = folder_of(out_dir, step)
     parent = folder.parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        make_folder(parent)
     except FileExistsError as error:
         raise UserError(f"{parent}: a file, where a folder has to be: remove it, then --resume") from error
     remove_unfinished(out_dir)

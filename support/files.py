@@ -8,13 +8,30 @@ from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's contents at once: a reader or a crash finds the old text or the new, never a part."""
+    """Replace a file's contents at once: a reader or a crash finds the old text or the new, never a part.
+
+    The new text is on the disk itself when this returns.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    replace(temporary, path)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Give a flushed file its name, in place of any other; returns once the name is on the disk too."""
     os.replace(temporary, path)
+    flush_to_disk(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder, and those above it, where they are missing; returns once they are on the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        flush_to_disk(path.parent)
 
 
 def flush_to_disk(path: Path) -> None:

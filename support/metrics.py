@@ -5,11 +5,12 @@
 `step` counts completed optimizer steps. Kinds: train, val, hellaswag, event.
 """
 
+import contextlib
 import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from support.cli import UserError
@@ -49,18 +50,24 @@ class Metrics:
         if self.file is None:
             return
         record = {"step": step, "kind": kind, **values}
-        try:
+        with self._space_needed():
             self.file.write(_line(record))
             self.file.flush()
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}: free some space, then --resume") from error
         for tracker in self.trackers:
             tracker(record)
 
     def sync(self) -> None:
         """Wait until all records are on the disk itself."""
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            with self._space_needed():
+                os.fsync(self.file.fileno())
+
+    @contextlib.contextmanager
+    def _space_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}: free some space, then --resume") from error
 
 
 def read(path: Path) -> list[Record]:

@@ -44,7 +44,7 @@ def claim(out_dir: Path, resume: bool, overwrite: bool) -> tuple[Path | None, Fi
             "--overwrite, or name another folder"
         )
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        files.make_folder(out_dir)
         lock = files.lock_folder(out_dir)
     except OSError as error:
         raise UserError(
