@@ -57,6 +57,7 @@ def open_shard(path: Path) -> Shard:
 
     Raises UserError unless it is a complete npy file of one-dimensional uint16 ids below 50257.
     """
+    files.check_regular(path)
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
@@ -173,6 +174,7 @@ def read_manifest(path: Path, where: str = "") -> dict | None:
     names a file outside its folder.
     """
     where = where or str(path)
+    files.check_regular(path)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

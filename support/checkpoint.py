@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from support import pretrained, tokenizer
 from support.cli import UserError
-from support.files import flush_to_disk, make_folder, sha256_of
+from support.files import check_regular, flush_to_disk, make_folder, sha256_of
 
 FOLDER = "checkpoints"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -157,6 +157,7 @@ def _remove(folder: Path) -> None:
 
 def verify(folder: Path) -> None:
     """Raise UserError unless every file of the checkpoint is as it was written."""
+    check_regular(folder / CHECKSUMS)
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         for line in lines:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from support.cli import UserError
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's contents at once: a reader or a crash finds the old text or the new, never a part.
@@ -43,8 +45,18 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def check_regular(path: Path) -> None:
+    """Raise UserError if there is something else than a file: opening a named pipe would wait for a writer.
+
+    Where there is nothing, the error is left to whoever opens it.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file, but a folder, a pipe or a device: move it away")
+
+
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's contents, in hexadecimal."""
+    """The SHA-256 of a file's contents, in hexadecimal. Raises UserError if it is not a regular file."""
+    check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from support.cli import UserError
-from support.files import write_atomically
+from support.files import check_regular, write_atomically
 
 Record = dict[str, object]
 Tracker = Callable[[Record], None]
@@ -76,6 +76,7 @@ def read(path: Path) -> list[Record]:
     A last line without its newline is what a kill leaves, and is ignored. Raises UserError on any other line
     that is not a record.
     """
+    check_regular(path)
     try:
         text = path.read_bytes()
     except FileNotFoundError:

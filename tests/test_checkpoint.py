@@ -51,6 +51,17 @@ def test_a_checkpoint_is_never_seen_unfinished(tmp_path: Path, monkeypatch: pyte
     assert list((tmp_path / "checkpoints").iterdir()) == [saved]
 
 
+@pytest.mark.parametrize("name", ["SHA256SUMS", "model.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_damage(tmp_path: Path, name: str) -> None:
+    model, _ = small_model()
+    snapshot = checkpoint.snapshot(model, {})
+    older, newer = (checkpoint.save(tmp_path, step, snapshot, keep=2) for step in (1, 2))
+    (newer / name).unlink()
+    os.mkfifo(newer / name)
+    intact, [problem] = checkpoint.latest_intact(tmp_path)
+    assert intact == older and f"{newer / name}: not a regular file" in problem
+
+
 def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
     model, _ = small_model()
     folder = checkpoint.save(tmp_path, 7, checkpoint.snapshot(model, {"step": 7}), keep=1)

@@ -5,6 +5,7 @@ through; a few real processes show that nothing else is printed.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,9 @@ SHARD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (put(np.zeros(0, np.uint16)), "is empty"),
     "id 50257": (put(np.full(500, 50257, np.uint16)), "contains token id 50257"),
     "too short": (put(np.zeros(T, np.uint16)), "too short for one sequence"),
-    "a folder": (lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), "cannot be read"),
+    "a folder": (lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), "not a regular file"),
+    "a pipe": (lambda d: ((d / SHARD).unlink(), os.mkfifo(d / SHARD)), "not a regular file"),
+    "a pipe as the manifest": (lambda d: os.mkfifo(d / "manifest.json"), "not a regular file"),
     "no val": (lambda d: (d / "tiny_val_000000.npy").unlink(), "NAME_val_"),
     "no train": (lambda d: [path.unlink() for path in d.glob("*_train_*")], "NAME_train_"),
     "no folder": (lambda d: d.rename(d.with_name("elsewhere")), "no such folder"),

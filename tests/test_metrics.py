@@ -1,9 +1,13 @@
 """metrics.jsonl: written, read back, cut at a resume."""
 
 import math
+import os
 from pathlib import Path
 
+import pytest
+
 from support import metrics
+from support.cli import UserError
 from support.metrics import Metrics
 
 
@@ -29,3 +33,9 @@ def test_reopening_drops_what_a_kill_left_beyond_the_checkpoint(tmp_path: Path) 
     assert [(r["step"], r["loss"]) for r in metrics.read(path)] == [(1, 1), (2, 1), (3, 1), (4, 2)]
     Metrics(path)
     assert metrics.read(path) == []
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="not a regular file"):
+        metrics.read(tmp_path / "metrics.jsonl")
