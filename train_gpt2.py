@@ -205,7 +205,7 @@ def train(s: Settings) -> int:
 def run_steps(run: Run) -> int:
     """All optimizer steps that are left, and what is due between them. Returns the exit status."""
     s, rt = run.settings, run.rt
-    stop = StopSignal(announce=rt.is_main)
+    stop = StopSignal(announce=rt.is_main, agent=rt.agent)
     batches = dataloader.train_batches(
         run.train_stream, run.steps_done, s.total_batch_size // s.sequence_length, run.micro_batch_size,
         rt.rank, rt.world_size, rt.device,

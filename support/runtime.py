@@ -24,6 +24,7 @@ T = TypeVar("T")
 # The latter is above the longest evaluation, checkpoint or compilation that the others wait for.
 FETCH_TIMEOUT = timedelta(hours=6)
 STEP_TIMEOUT = timedelta(minutes=15)
+AGENT_INTERVAL = 1.0  # seconds between looks at whether torchrun is still there
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0  # rank on this machine
     world_size: int = 1
+    agent: int = 0  # process id of the torchrun that started this process; 0: none did
 
     @property
     def is_main(self) -> bool:
@@ -122,7 +124,8 @@ def start(device: str, dtype: Dtype) -> Runtime:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _pick_device(device, local_rank, world_size())
-    rt = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, world_size())
+    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    rt = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, world_size(), agent)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # What autocast leaves in fp32 uses TF32 units; on a CPU this setting would change results.
@@ -221,13 +224,20 @@ def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> set[str]:
 class StopSignal:
     """Remembers SIGTERM or SIGINT, so that the loop can stop after the current step.
 
+    The death of torchrun counts as SIGTERM: processes that it has left behind would train on unnoticed, and
+    stand in the way of those that the next one starts.
+
     torchrun passes on a signal that the terminal has already sent, so a second one means the same; the third
     ends the process at once. Python runs its signal handlers between bytecodes, which a backward pass can
     delay by seconds: a thread that the interpreter wakes from within the signal answers immediately.
     """
 
-    def __init__(self, announce: bool = True) -> None:
-        """announce: say on stderr what the signal does; one process of a run is enough."""
+    def __init__(self, announce: bool = True, agent: int = 0) -> None:
+        """announce: say on stderr what the signal does; one process of a run is enough.
+
+        agent: the process id of torchrun, whose death to notice; 0: none.
+        """
+        self.agent = agent
         self.number = 0
         self.times = 0
         self.announce = announce
@@ -240,8 +250,13 @@ class StopSignal:
         threading.Thread(target=self._listen, name="stop signal", daemon=True).start()
 
     def _listen(self) -> None:
-        while received := self.wake_up.recv(1):
-            number = received[0]
+        while True:
+            self.wake_up.settimeout(AGENT_INTERVAL if self.agent else None)
+            try:
+                number = self.wake_up.recv(1)[0]
+            except TimeoutError:
+                self._look_for_agent()
+                continue
             self.number = self.number or number
             self.times += 1
             if self.times > 2:
@@ -250,3 +265,12 @@ class StopSignal:
                 name = signal.Signals(number).name
                 left = "once" if self.times == 2 else "twice"
                 print(f"\n{name}: finishing this step; {left} more to quit now", file=sys.stderr, flush=True)
+
+    def _look_for_agent(self) -> None:
+        """Stop if torchrun is gone: another process has become this one's parent."""
+        if os.getppid() == self.agent:
+            return
+        self.agent = 0
+        self.number = self.number or signal.SIGTERM
+        if self.announce:
+            print("\ntorchrun is gone: finishing this step", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """The choice of device, precision and batch, from descriptions of machines that are not there."""
 
 import dataclasses
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -57,6 +58,14 @@ def test_cuda_gets_bf16_where_it_is_native(
 def test_devices_that_are_not_there(device: str) -> None:
     with pytest.raises(UserError, match=f"--device {device}"):
         runtime.start(device, "auto")
+
+
+def test_only_torchrun_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run from a shell that is closed (nohup, tmux) has lost its parent too, and continues."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert runtime.start("cpu", "float32").agent == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert runtime.start("cpu", "float32").agent == os.getppid()
 
 
 def test_largest_power_of_two() -> None:
