@@ -107,16 +107,25 @@ def _check(content: bytes, name: str) -> None:
         )
 
 
-def prepare(data: str, rt: Runtime) -> list[Example]:
-    """The examples for a training run, of a local file or the published one; none if it cannot be fetched."""
-    if data:
-        return load(Path(data))
+def prepare(data: str, rt: Runtime, required: bool) -> tuple[list[Example], str]:
+    """The examples for a training run, of a local file or the published one; or none, and why there are none.
+
+    required: raise UserError if there is something wrong with a local file.
+    """
+    examples, problem = [], ""
     try:
-        rt.run_on_some(rt.local_rank == 0, fetch, fetches=True)
+        if not data:
+            rt.run_on_some(rt.local_rank == 0, fetch, fetches=True)
+        examples = load(Path(data) if data else None)
     except UserError as error:
-        rt.say(f"warning: continuing without HellaSwag: {error}")
-        return []
-    return load()
+        if data and required:
+            raise
+        problem = str(error)
+    if not rt.on_any(problem != ""):
+        return examples, ""
+    problem = problem or "another process cannot read its file"
+    rt.say(f"warning: continuing without HellaSwag: {problem}")
+    return [], problem
 
 
 def load(data: Path | None = None, style: Style = "completion", limit: int = 0) -> list[Example]:
@@ -258,6 +267,11 @@ def evaluate(model: GPT, examples: list[Example], rt: Runtime, progress: bool = 
 
     model: the module itself, not compiled: its batches have many shapes, and compiling pays for none of them.
     """
+    return total_score(count_correct(model, examples, rt, progress), len(examples), rt)
+
+
+def count_correct(model: GPT, examples: list[Example], rt: Runtime, progress: bool = False) -> Tensor:
+    """Of this process's share of the examples, how many are right for acc and acc_norm: int64 (2,), CPU."""
     correct = torch.zeros(2, dtype=torch.int64)
     todo = batches(
         truncate_contexts(examples, model.config.block_size), BATCH_TOKENS.get(rt.device.type, 2048)
@@ -271,8 +285,13 @@ def evaluate(model: GPT, examples: list[Example], rt: Runtime, progress: bool = 
             choices = torch.stack([losses.argmin(dim=1), (losses / lengths).argmin(dim=1)])
             correct += (choices == labels).sum(dim=1)
             bar.update(len(batch) * rt.world_size)
-    acc, acc_norm = (rt.all_reduce(correct.to(rt.device)).double() / len(examples)).tolist()
-    return Score(acc, acc_norm, len(examples))
+    return correct
+
+
+def total_score(correct: Tensor, n: int, rt: Runtime) -> Score:
+    """The score from what `count_correct` returned on each process, of n examples in all."""
+    acc, acc_norm = (rt.all_reduce(correct.to(rt.device)).double() / n).tolist()
+    return Score(acc, acc_norm, n)
 
 
 # ---------------------------------------------------------------- script

@@ -111,6 +111,12 @@ class EvaluationSettings:
     """Steps between checkpoints. 0: only at the end."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep."""
+    checkpoint_minutes: float = 15.0
+    """Also write a checkpoint once the last one is this many minutes old. 0: by steps only."""
+    keep_best: bool = False
+    """Also write a checkpoint at each validation, and keep the one with the lowest validation loss."""
+    patience: int = 0
+    """End the run after this many validations in a row without a lower loss. 0: train all steps."""
     reload_checkpoints: bool = False
     """Load every checkpoint right after writing it and continue from what was read, as a resume would."""
 
@@ -279,6 +285,9 @@ def check_settings(s: Settings, world_size: int) -> None:
             raise UserError(f"{flag(name, getattr(s, name))}: a fraction, at most 1")
     if s.resume and s.overwrite:
         raise UserError("--resume --overwrite: one keeps the run, the other deletes it: drop one of them")
+    if (s.keep_best or s.patience) and not s.val_interval:
+        name = "--keep-best" if s.keep_best else flag("patience", s.patience)
+        raise UserError(f"{name} --val-interval 0: needs validations: set --val-interval, or drop it")
     if s.num_shards == 1:
         raise UserError(
             "--num-shards 1: training needs a validation and a training shard: use 2 or more, or 0"

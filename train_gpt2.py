@@ -15,7 +15,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below: end without a tra
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
-import dataclasses
+import functools
 import gc
 import math
 import signal
@@ -34,7 +34,19 @@ from dataloader import TokenStream
 from model import GPT, GPTConfig
 from pre_tokens import builtin_corpus, fetch_tokens_hf, shards
 from settings import PRESETS, Settings, check_settings, read_settings
-from support import checkpoint, cli, files, hardware, metrics, run_folder, runtime, sampling, tokenizer
+from support import (
+    checkpoint,
+    cli,
+    files,
+    hardware,
+    metrics,
+    report,
+    run_folder,
+    runtime,
+    sampling,
+    tokenizer,
+)
+from support.attempts import Attempts
 from support.cli import UserError
 from support.loss import default_chunks
 from support.metrics import Metrics
@@ -63,7 +75,9 @@ class Run:
     loss_chunks: int
     identity: dict[str, object]  # what a resumed run must have in common with this one
     writer: checkpoint.Writer
+    attempt: Attempts  # at what may fail without ending the run
     steps_done: int  # before this process started: 0, or the step of the checkpoint it resumed from
+    last_step: int  # --max-steps, or the step at which --patience ran out
     lock: FileLock | None  # of the run folder, held by rank 0 as long as this object lives
 
     def say(self, step: int, text: str) -> None:
@@ -86,7 +100,10 @@ def set_up(s: Settings) -> Run:
         data = shards.find_shards(s.data_dir, s.num_shards)
         train_stream = TokenStream(data["train"], s.sequence_length, s.seed, s.shuffle)
         val_stream = TokenStream(data["val"], s.sequence_length)
-        examples = hellaswag.prepare(s.hellaswag_data, rt) if s.hellaswag_interval else []
+        examples, problem = [], ""
+        if s.hellaswag_interval:  # a file that is damaged later must not end a restart loop
+            begun = s.resume and len(checkpoint.folders(s.out_dir)) > 0
+            examples, problem = hellaswag.prepare(s.hellaswag_data, rt, required=not begun)
 
     model = build_model(s, rt.device)
     examples = hellaswag.truncate_contexts(examples, model.config.block_size)
@@ -104,10 +121,10 @@ def set_up(s: Settings) -> Run:
     newest, lock = claimed or (None, None)
     steps_done = checkpoint.step_of(newest) if newest else 0
     steps_done = int(rt.all_reduce(torch.tensor(steps_done, device=rt.device), "MAX"))
-    own_identity = identity(s, model.config, train_stream)
+    identity = checkpoint.identity(s, model.config, train_stream.fingerprint())
     if steps_done:
         folder = checkpoint.folder_of(s.out_dir, steps_done)
-        clock.add(checkpoint.restore(folder, model, optimizers, scaler, own_identity))
+        clock.add(checkpoint.restore(folder, model, optimizers, scaler, identity))
     if steps_done > s.max_steps:
         raise UserError(
             f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {steps_done} steps"
@@ -119,15 +136,18 @@ def set_up(s: Settings) -> Run:
         "parameters": model.config.n_parameters,
         "hardware": hardware.describe(rt),
     }
+    record = run_folder.open_record(s, facts, steps_done, silent=not rt.is_main)
+    if problem:
+        record.log(steps_done, "event", name="evaluation failed", what="HellaSwag", reason=problem)
     run = Run(
         settings=s, rt=rt, clock=clock, train_stream=train_stream, val_stream=val_stream, lock=lock,
-        metrics=run_folder.open_record(s, facts, steps_done, silent=not rt.is_main),
+        metrics=record, attempt=Attempts(rt, record, steps_done), last_step=s.max_steps,
         hellaswag_examples=examples, model=model, train_model=train_model, eval_model=eval_model,
         optimizers=optimizers, scaler=scaler, micro_batch_size=B, accumulation_steps=sequences // B,
         loss_chunks=s.loss_chunks or default_chunks(B * s.sequence_length, rt.device),
-        identity=own_identity, writer=checkpoint.Writer(), steps_done=steps_done,
+        identity=identity, writer=checkpoint.Writer(), steps_done=steps_done,
     )  # fmt: skip
-    print_setup(run)
+    report.at_start(s, rt, model.config, len(train_stream), B, run.accumulation_steps, steps_done)
     return run
 
 
@@ -162,31 +182,6 @@ def build_model(s: Settings, device: torch.device) -> GPT:
     return model.to(device)
 
 
-def identity(s: Settings, config: GPTConfig, stream: TokenStream) -> dict[str, object]:
-    """What the order of the data and the shape of the state depend on: a resumed run must have the same."""
-    names = ("sequence_length", "total_batch_size", "seed", "shuffle", "optimizer")
-    model = dataclasses.asdict(dataclasses.replace(config, padded_vocab_size=0))
-    return {"model": model, "data": stream.fingerprint(), **{name: getattr(s, name) for name in names}}
-
-
-def print_setup(run: Run) -> None:
-    """Print what is about to be trained, on which data and machine."""
-    s, rt, config, n = run.settings, run.rt, run.model.config, run.accumulation_steps
-    T, compiled = s.sequence_length, "compiled" if s.compile else "not compiled"
-    attention = hardware.attention_backend(rt, config.n_head, config.n_embd // config.n_head, T)
-    processes = f"{rt.world_size} process{'es' * (rt.world_size > 1)}"
-    rounds = f"{n} accumulation step{'s' * (n > 1)}"
-    rt.say(f"model      {config.n_parameters:,} parameters: {s.init_from}, {config}")
-    rt.say(f"data       {s.data_dir}: {len(run.train_stream) * T:,} training tokens")
-    rt.say(
-        f"batch      {s.total_batch_size:,} tokens = {run.micro_batch_size} x {T} x {processes} x {rounds}"
-    )
-    rt.say(f"device     {hardware.describe(rt)['name']}, {rt.dtype}, {compiled}, {attention} attention")
-    rt.say(f"run        {s.out_dir}: steps {run.steps_done} to {s.max_steps}")
-    if T < config.block_size:
-        rt.say(f"warning: positions {T} and above are never trained: --block-size {T} drops them")
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -210,28 +205,34 @@ def run_steps(run: Run) -> int:
         run.train_stream, run.steps_done, s.total_batch_size // s.sequence_length, run.micro_batch_size,
         rt.rank, rt.world_size, rt.device,
     )  # fmt: skip
-    if run.steps_done == 0:
-        evaluate(run, 0)
-    progress = make_progress(run)
+    step = run.steps_done
+    evaluate(run, step)  # at a resume only what the record of this step lacks
+    flops_per_token = run.model.config.flops_per_token(s.sequence_length)
+    peak_flops = hardware.peak_flops(rt.device, rt.dtype) * rt.world_size
+    progress = Progress(s, rt, run.metrics, run.steps_done, flops_per_token, peak_flops)
     with contextlib.closing(batches), run.clock("training"):
-        for step in range(run.steps_done + 1, s.max_steps + 1):
+        while step < run.last_step:
+            step += 1
             progress.begin()
             lr = optim.set_learning_rates(run.optimizers, step, s)
-            progress.add(step, lr, update(run, batches, stop))  # nothing waits for the device
+            overdue = rt.is_main and run.writer.is_overdue(s.checkpoint_minutes)
+            progress.add(step, lr, update(run, batches, stop, overdue))  # nothing waits for the device
             last = step == s.max_steps
-            pause = last or is_due(
-                step, s.val_interval, s.hellaswag_interval, s.sample_interval, s.checkpoint_interval
-            )
-            stopped = progress.report(catch_up=pause)  # a signal's number, read with the step's numbers
-            if pause or stopped:
-                evaluate(run, step)
-            if last or stopped or is_due(step, s.checkpoint_interval):
+            to_save = last or is_due(step, s.checkpoint_interval, s.keep_best * s.val_interval)
+            pause = to_save or is_due(step, s.val_interval, s.hellaswag_interval, s.sample_interval)
+            stopped, overdue = progress.report(catch_up=pause)  # of any process, read with the step's numbers
+            if to_save or stopped or overdue:
                 save(run, step, wait=last or stopped > 0)
             if stopped and not last:
                 how = run_folder.how_to_continue(s.out_dir, s.overwrite, rt.world_size)
                 rt.say(f"stopped by {signal.Signals(stopped).name} after step {step}: {how}")
                 return 128 + stopped
-    finish(run)
+            if pause:
+                evaluate(run, step)
+    if step < s.max_steps:  # --patience has run out
+        save(run, step, wait=True)
+        evaluate(run, step)  # what only the last step has
+    finish(run, step)
     return 0
 
 
@@ -240,22 +241,14 @@ def is_due(step: int, *intervals: int) -> bool:
     return any(interval > 0 and step % interval == 0 for interval in intervals)
 
 
-def make_progress(run: Run) -> Progress:
-    """The object that prints and records steps."""
-    s, rt = run.settings, run.rt
-    return Progress(
-        run.metrics, rt.say, rt.device, steps_done=run.steps_done, max_steps=s.max_steps,
-        tokens_per_step=s.total_batch_size, max_bad_steps=s.max_bad_steps,
-        flops_per_token=run.model.config.flops_per_token(s.sequence_length),
-        peak_flops=hardware.peak_flops(rt.device, rt.dtype) * rt.world_size,
-    )  # fmt: skip
-
-
-def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal) -> Tensor:
+def update(
+    run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal, overdue: bool = False
+) -> Tensor:
     """One optimizer step over all micro-batches. Does not wait for the device.
 
-    Returns float32 (5,) on the device: the mean loss over all processes, the gradient norm before clipping,
-    how many processes have received SIGTERM and SIGINT, and the scale of the loss (1 except in fp16).
+    Returns float32 (6,) on the device: the mean loss over all processes, the gradient norm before clipping,
+    how many processes have received SIGTERM and SIGINT and say that a checkpoint is overdue, and the scale of
+    the loss (1 except in fp16).
     """
     rt, n = run.rt, run.accumulation_steps
     loss_sum = torch.zeros((), device=rt.device)
@@ -272,43 +265,57 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
-    # The loss and the signals travel together. full_like fills on the device: a copy would synchronise.
-    signals = [torch.full_like(loss_sum, stop.number == number) for number in (signal.SIGTERM, signal.SIGINT)]
-    mean_loss, *signals = rt.all_reduce(torch.stack([loss_sum / rt.world_size, *signals]))
+    # The loss and the flags travel together. full_like fills on the device: a copy would synchronise.
+    flags = [stop.number == signal.SIGTERM, stop.number == signal.SIGINT, overdue]
+    flags = [torch.full_like(loss_sum, flag) for flag in flags]
+    mean_loss, *flags = rt.all_reduce(torch.stack([loss_sum / rt.world_size, *flags]))
     scale = run.scaler.scale(torch.ones_like(loss_sum))
     optim.step(run.optimizers, run.scaler, finite=(mean_loss + grad_norm).isfinite().float())
-    return torch.stack([mean_loss, grad_norm, *signals, scale])
+    return torch.stack([mean_loss, grad_norm, *flags, scale])
 
 
 # ---------------------------------------------------------------- between steps
 
 
 def evaluate(run: Run, step: int) -> None:
-    """Validation and HellaSwag if due after `step`, or if it is the last; samples if due (not the last)."""
-    s, rt = run.settings, run.rt
-    last = step == s.max_steps
+    """Validation and HellaSwag if due after `step`, or if it is the last; samples if due (not the last).
+
+    What the record of the step has already is not repeated. With --patience this may become the last step.
+    """
+    s, rt, examples = run.settings, run.rt, run.hellaswag_examples
+    last = step == run.last_step
     with run.clock("evaluation"):
         if s.val_interval and (is_due(step, s.val_interval) or last):
-            val_loss = validate(run)
-            run.say(step, f"validation loss {val_loss:.4f}")
-            run.metrics.log(step, "val", loss=val_loss)
-        if run.hellaswag_examples and (is_due(step, s.hellaswag_interval) or last):
+            share = run.attempt(step, "validation", lambda: validate(run))
+            if share is not None:
+                val_loss = float(rt.all_reduce(share))
+                run.say(step, f"validation loss {val_loss:.4f}")
+                run.metrics.log(step, "val", loss=val_loss)
+            stale, best = run_folder.stale_validations(s.out_dir) if rt.is_main and s.patience else (0, None)
+            if s.patience and not last and rt.on_any(stale >= s.patience):
+                run.last_step = step
+                run.say(step, f"--patience {s.patience}: ending, as no loss is below that of step {best}")
+                run.metrics.log(step, "event", name="patience ran out", validations=stale, best_step=best)
+        if examples and (is_due(step, s.hellaswag_interval) or last):
             # On the module itself: its batches have many shapes, and each would be compiled anew.
-            score = hellaswag.evaluate(run.model, run.hellaswag_examples, rt)
-            run.say(step, f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}")
-            run.metrics.log(step, "hellaswag", acc=score.acc, acc_norm=score.acc_norm, n=score.n)
-        if step and is_due(step, s.sample_interval) and not last and rt.is_main:
-            with rt.autocast():
-                samples = sampling.draw_samples(run.model, s.seed)
-            for text in samples[::3]:
+            work = functools.partial(hellaswag.count_correct, run.model, examples, rt)
+            correct = run.attempt(step, "HellaSwag", work)
+            if correct is not None:
+                score = hellaswag.total_score(correct, len(examples), rt)
+                run.say(step, f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}")
+                run.metrics.log(step, "hellaswag", acc=score.acc, acc_norm=score.acc_norm, n=score.n)
+        if step and is_due(step, s.sample_interval) and not last:
+            work = functools.partial(sampling.draw_samples, run.model, s.seed)
+            for text in (run.attempt(step, "samples", work, here=rt.is_main) or [])[::3]:
                 run.say(step, f"sample: {text!r}")
                 run.metrics.log(step, "event", name="sample", text=text)
-        rt.barrier()
 
 
 @torch.no_grad()
-def validate(run: Run) -> float:
-    """Mean loss in nats over the first --val-tokens of the validation shards, shared among the processes."""
+def validate(run: Run) -> Tensor:
+    """The mean loss in nats over the first --val-tokens of the validation shards, as far as this process's
+    share of them goes: float64 (), to be summed over all processes.
+    """
     s, rt, stream = run.settings, run.rt, run.val_stream
     n_sequences = max(1, min(s.val_tokens // s.sequence_length, len(stream)))
     sums = []
@@ -320,8 +327,8 @@ def validate(run: Run) -> float:
             _, loss = run.eval_model(x, y, run.loss_chunks)
         sums.append(loss * (y != -100).sum())
     total = torch.stack(sums).cpu().double().sum() if sums else torch.zeros((), dtype=torch.float64)
-    total = rt.all_reduce(total.to(rt.device)) if rt.world_size > 1 else total
-    return float(total) / (n_sequences * s.sequence_length)
+    share = total / (n_sequences * s.sequence_length)
+    return share.to(rt.device) if rt.world_size > 1 else share  # MPS has no float64
 
 
 def save(run: Run, step: int, wait: bool) -> None:
@@ -348,7 +355,8 @@ def save(run: Run, step: int, wait: bool) -> None:
             }
             message = f"step {step}/{s.max_steps} | checkpoint {folder}"
             snapshot = checkpoint.snapshot(run.model, state)
-            run.writer.start(s.out_dir, step, snapshot, s.keep_checkpoints, message)
+            best = run_folder.by_validation_loss(s.out_dir)[:1] if s.keep_best else ()
+            run.writer.start(s.out_dir, step, snapshot, s.keep_checkpoints, message, spared=best)
             if (wait or failure or s.reload_checkpoints) and (failure := run.writer.wait()):
                 raise failure
         if s.reload_checkpoints:
@@ -357,25 +365,19 @@ def save(run: Run, step: int, wait: bool) -> None:
             run.say(step, "checkpoint loaded back")
 
 
-def finish(run: Run) -> None:
+def finish(run: Run, step: int) -> None:
     """Write samples.txt, summary.json and loss_curves.png, and say where they are."""
     s, rt, folder = run.settings, run.rt, run.settings.out_dir
+    work = functools.partial(sampling.draw_samples, run.model, s.seed)
+    samples = run.attempt(step, run_folder.SAMPLES, work, here=rt.is_main)
+    figure = run.attempt(step, run_folder.FIGURE, lambda: plot_loss.plot_run(folder), here=rt.is_main)
     if rt.is_main:
-        with rt.autocast():
-            samples = sampling.draw_samples(run.model, s.seed)
-        files.write_atomically(folder / run_folder.SAMPLES, "\n\n---\n\n".join(samples) + "\n")
-        tokens, seconds = s.max_steps * s.total_batch_size, run.clock.seconds()
-        machine, n_parameters = hardware.describe(rt), run.model.config.n_parameters
-        records = metrics.read(run.metrics.path)
-        run_folder.write_summary(folder, records, n_parameters, s.max_steps, tokens, seconds, machine)
-        figure = plot_loss.plot_run(folder)
-        print(f"\nsamples ({folder / run_folder.SAMPLES}):")
-        for text in samples[::3]:
-            print(f"  {text!r}")
-        if val_losses := [r["loss"] for r in records if r["kind"] == "val" and r["loss"] is not None]:
-            print(f"validation loss: {val_losses[-1]:.4f}, from {val_losses[0]:.4f} ({run.metrics.path})")
-        print(f"summary: {folder / run_folder.SUMMARY}")
-        print(f"figure: {figure}")
+        if samples:
+            files.write_atomically(folder / run_folder.SAMPLES, "\n\n---\n\n".join(samples) + "\n")
+        records, n_parameters = metrics.read(run.metrics.path), run.model.config.n_parameters
+        tokens, seconds, machine = step * s.total_batch_size, run.clock.seconds(), hardware.describe(rt)
+        run_folder.write_summary(folder, records, n_parameters, step, tokens, seconds, machine)
+        report.at_end(folder, records, samples, figure)
     rt.barrier()
 
 

@@ -15,6 +15,7 @@ import textwrap
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -49,8 +50,8 @@ class Settings:
     """Create the model as private."""
     dry_run: bool = False
     """Only show the model card and list what would be sent."""
-    checkpoint: int | None = None
-    """Step of the checkpoint to send. Default: the newest."""
+    checkpoint: int | Literal["best"] | None = None
+    """Step of the checkpoint to send, or best: the one of lowest validation loss. Default: the newest."""
     revision: str = ""
     """Tag for this upload, so that `from_pretrained(..., revision=TAG)` finds it later."""
     license: str = ""
@@ -66,7 +67,7 @@ class Settings:
 # ---------------------------------------------------------------- upload
 
 
-def pick_checkpoint(run: Path, step: int | None) -> Path:
+def pick_checkpoint(run: Path, step: int | Literal["best"] | None) -> Path:
     """The checkpoint of that step (None: the newest), verified. Raises UserError if there is none."""
     if not run.is_dir():
         raise UserError(f"--run {run}: no such folder: name a run")
@@ -77,6 +78,8 @@ def pick_checkpoint(run: Path, step: int | None) -> Path:
         if folder is None:
             raise UserError(f"--run {run}: contains no checkpoint{run_folder.runs_below(run)}")
         return folder
+    if step == "best":
+        return run_folder.best_checkpoint(run)
     folder = checkpoint.folder_of(run, step)
     if not folder.is_dir():
         steps = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.folders(run)) or "none"

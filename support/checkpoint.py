@@ -9,11 +9,13 @@ A checkpoint is written to a folder with a temporary name, flushed to the disk, 
 only for a copy of the state in the host's memory; a `Writer` does the rest in the background.
 """
 
+import dataclasses
 import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,15 +86,31 @@ class Writer:
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
+        self.started = time.monotonic()
 
-    def start(self, out_dir: Path, step: int, state: Snapshot, keep: int, message: str) -> None:
+    def start(
+        self,
+        out_dir: Path,
+        step: int,
+        state: Snapshot,
+        keep: int,
+        message: str,
+        spared: Collection[Path] = (),
+    ) -> None:
         """Start to `save`; print `message` once the checkpoint is on the disk. `wait` before the next."""
         assert self.writing is None
-        self.writing = self.pool.submit(self._save, out_dir, step, state, keep, message)
+        self.started = time.monotonic()
+        self.writing = self.pool.submit(self._save, out_dir, step, state, keep, message, spared)
 
-    def _save(self, out_dir: Path, step: int, state: Snapshot, keep: int, message: str) -> None:
-        save(out_dir, step, state, keep)
+    def _save(
+        self, out_dir: Path, step: int, state: Snapshot, keep: int, message: str, spared: Collection[Path]
+    ) -> None:
+        save(out_dir, step, state, keep, spared)
         print(message)
+
+    def is_overdue(self, minutes: float) -> bool:
+        """Whether this many minutes (0: never) have passed since the last checkpoint, or the start."""
+        return 0 < minutes < (time.monotonic() - self.started) / 60
 
     def wait(self) -> UserError | None:
         """Wait for the checkpoint that is being written, if any; returns why it could not be written."""
@@ -103,18 +121,30 @@ class Writer:
         raise error
 
 
-def save(out_dir: Path, step: int, state: Snapshot, keep: int) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep`. Returns its folder.
+def save(out_dir: Path, step: int, state: Snapshot, keep: int, spared: Collection[Path] = ()) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep` and the `spared`.
 
+    One of this step that is intact stays as it is. Those of later steps go too: a run that resumed before
+    them has found them damaged. Returns the folder.
     Raises UserError if it cannot be written; then the earlier checkpoints are all still there.
     """
     folder = folder_of(out_dir, step)
+    if not folder.exists() or first_intact([folder])[0] is None:
+        _write(folder, state)
+    found = folders(out_dir)
+    later = found.index(folder)
+    for old in found[:later] + [old for old in found[later + keep :] if old not in spared]:
+        _remove(old)
+    return folder
+
+
+def _write(folder: Path, state: Snapshot) -> None:
     parent = folder.parent
     try:
         make_folder(parent)
     except FileExistsError as error:
         raise UserError(f"{parent}: a file, where a folder has to be: remove it, then --resume") from error
-    remove_unfinished(out_dir)
+    remove_unfinished(parent.parent)
     temporary = parent / (UNFINISHED + folder.name)
     try:
         temporary.mkdir()
@@ -134,9 +164,6 @@ def save(out_dir: Path, step: int, state: Snapshot, keep: int) -> Path:
         _remove(folder)
     temporary.rename(folder)
     flush_to_disk(parent)
-    for old in folders(out_dir)[keep:]:
-        _remove(old)
-    return folder
 
 
 def remove_unfinished(out_dir: Path) -> None:
@@ -168,21 +195,27 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder}: not a complete checkpoint ({error})") from error
 
 
-def latest_intact(out_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is intact, None if there is none, and what is wrong with newer ones.
-
-    Raises UserError if there are checkpoints but not one of them is intact.
-    """
+def first_intact(candidates: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The first checkpoint that is intact, None if there is none, and what is wrong with those before it."""
     problems = []
-    for folder in folders(out_dir):
+    for folder in candidates:
         try:
             verify(folder)
             return folder, problems
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError(f"{problems[0]}: no checkpoint of {out_dir} is intact: --overwrite starts afresh")
     return None, problems
+
+
+def latest_intact(out_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is intact, None if there is none, and what is wrong with newer ones.
+
+    Raises UserError if there are checkpoints but not one of them is intact.
+    """
+    newest, problems = first_intact(folders(out_dir))
+    if newest is None and problems:
+        raise UserError(f"{problems[0]}: no checkpoint of {out_dir} is intact: --overwrite starts afresh")
+    return newest, problems
 
 
 def warn_of_damage(problems: list[str], used: Path) -> None:
@@ -194,6 +227,16 @@ def warn_of_damage(problems: list[str], used: Path) -> None:
 
 
 # ---------------------------------------------------------------- loading
+
+
+def identity(settings: object, config: pretrained.ModelShape, data: object) -> dict[str, object]:
+    """What the order of the data and the shape of the state depend on: a resumed run must have the same.
+
+    data: the fingerprint of the stream of training data.
+    """
+    names = ("sequence_length", "total_batch_size", "seed", "shuffle", "optimizer")
+    model = dataclasses.asdict(dataclasses.replace(config, padded_vocab_size=0))
+    return {"model": model, "data": data, **{name: getattr(settings, name) for name in names}}
 
 
 def restore(

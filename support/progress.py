@@ -6,14 +6,16 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from support import checkpoint, metrics
 from support.cli import UserError
+from support.runtime import Runtime
 
 ACTIVITIES = ("data", "training", "evaluation", "checkpoints")
 
@@ -119,6 +121,14 @@ class EnqueuedStep:
     numbers: Tensor  # in the host's memory; valid once `end` is reached
 
 
+class Settings(Protocol):
+    """The training script's settings, of which these are used here."""
+
+    max_steps: int
+    total_batch_size: int
+    max_bad_steps: int
+
+
 class Progress:
     """Prints and records steps once their numbers have arrived, on CUDA one step late.
 
@@ -128,23 +138,20 @@ class Progress:
 
     def __init__(
         self,
+        s: Settings,
+        rt: Runtime,
         run_metrics: metrics.Metrics,
-        say: Callable[[str], None],
-        device: torch.device,
         steps_done: int,
-        max_steps: int,
-        tokens_per_step: int,
         flops_per_token: float,
         peak_flops: float,
-        max_bad_steps: int,
     ) -> None:
-        """steps_done: before this process started."""
-        self.metrics, self.say, self.device = run_metrics, say, device
-        self.steps_done, self.max_steps = steps_done, max_steps
-        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        """steps_done: before this process started. peak_flops: of all processes."""
+        self.metrics, self.say, self.device = run_metrics, rt.say, rt.device
+        self.steps_done, self.max_steps = steps_done, s.max_steps
+        self.tokens_per_step, self.flops_per_token = s.total_batch_size, flops_per_token
         self.peak_flops = peak_flops
-        self.max_bad_steps = max_bad_steps
-        self.lag = 1 if device.type == "cuda" else 0
+        self.max_bad_steps = s.max_bad_steps
+        self.lag = 1 if rt.device.type == "cuda" else 0
         self.pending: collections.deque[EnqueuedStep] = collections.deque()
         self.bad_steps = 0  # in a row
         earlier = [r["loss"] for r in metrics.read(run_metrics.path) if r["kind"] == "train"]
@@ -158,7 +165,7 @@ class Progress:
     def add(self, step: int, lr: float, numbers: Tensor) -> None:
         """Note a step that has been enqueued, with its learning rate and the numbers it returned.
 
-        numbers: float32 (5,) on the device, from train_gpt2.update.
+        numbers: float32 (6,) on the device, from train_gpt2.update.
         """
         if self.device.type == "cuda":
             host = torch.empty_like(numbers, device="cpu", pin_memory=True)
@@ -167,22 +174,23 @@ class Progress:
             host = numbers.cpu()
         self.pending.append(EnqueuedStep(step, lr, self.begun, Mark(self.device), host))
 
-    def report(self, catch_up: bool) -> int:
+    def report(self, catch_up: bool) -> tuple[int, bool]:
         """Report all steps but the newest `lag` (with `catch_up`, all), waiting for their numbers.
 
-        Returns the number of the signal that any process has received, or 0.
+        Returns the number of the signal that any process has received, or 0, and whether a checkpoint is
+        overdue. Either means that all steps have been reported.
         Raises UserError after max_bad_steps steps in a row whose loss or gradient was not finite.
         """
-        stop_signal = 0
-        while len(self.pending) > (0 if catch_up or stop_signal else self.lag):
+        stop_signal, overdue = 0, False
+        while len(self.pending) > (0 if catch_up or stop_signal or overdue else self.lag):
             enqueued = self.pending.popleft()
             enqueued.end.wait()
-            loss, grad_norm, terminated, interrupted, scale = enqueued.numbers.tolist()
+            loss, grad_norm, terminated, interrupted, late, scale = enqueued.numbers.tolist()
             self._report(enqueued, loss, grad_norm)
             self._watch(enqueued.step, loss, grad_norm, scale)
             received = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
-            stop_signal = received or stop_signal
-        return stop_signal
+            stop_signal, overdue = received or stop_signal, overdue or late > 0
+        return stop_signal, overdue
 
     def _report(self, enqueued: EnqueuedStep, loss: float, grad_norm: float) -> None:
         step, lr = enqueued.step, enqueued.lr

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from filelock import FileLock
 
-from support import checkpoint, files, metrics
+from support import attempts, checkpoint, files, metrics
 from support.cli import UserError
 
 DEFAULT = "log"  # of every script's --model or --run
@@ -28,6 +28,7 @@ METRICS = "metrics.jsonl"
 FIGURE = "loss_curves.png"
 SAMPLES = "samples.txt"
 SUMMARY = "summary.json"
+BEST = ":best"  # after a run's name: its checkpoint with the lowest validation loss
 
 
 def claim(out_dir: Path, resume: bool, overwrite: bool) -> tuple[Path | None, FileLock]:
@@ -36,7 +37,7 @@ def claim(out_dir: Path, resume: bool, overwrite: bool) -> tuple[Path | None, Fi
     Raises UserError if the folder holds a run and neither `resume` nor `overwrite` says what to do with it,
     if another process is training into it, or if it cannot be written.
     """
-    names = (CONFIG, METRICS, checkpoint.FOLDER, FIGURE, SAMPLES, SUMMARY)
+    names = (CONFIG, METRICS, checkpoint.FOLDER, FIGURE, SAMPLES, SUMMARY, attempts.UNDER_WAY)
     existing = [out_dir / name for name in names if (out_dir / name).exists()]
     if existing and not (resume or overwrite):
         raise UserError(
@@ -166,13 +167,45 @@ def write_summary(
     write_json(out_dir / SUMMARY, summary)
 
 
+def by_validation_loss(out_dir: Path) -> list[Path]:
+    """The checkpoints whose validation loss is on record, lowest first, of equals the earlier."""
+    records = metrics.read(out_dir / METRICS)
+    losses = {r["step"]: r["loss"] for r in records if r["kind"] == "val" and r["loss"] is not None}
+    found = [path for path in checkpoint.folders(out_dir) if checkpoint.step_of(path) in losses]
+    return sorted(found, key=lambda path: (losses[checkpoint.step_of(path)], checkpoint.step_of(path)))
+
+
+def best_checkpoint(out_dir: Path) -> Path:
+    """The intact checkpoint with the lowest validation loss. Raises UserError if there is none."""
+    best, problems = checkpoint.first_intact(by_validation_loss(out_dir))
+    if best is None:
+        reason = problems[0] if problems else f"{out_dir}: no checkpoint there has a validation loss"
+        raise UserError(f"{reason}: train with --keep-best, or take the newest checkpoint")
+    checkpoint.warn_of_damage(problems, best)
+    return best
+
+
+def stale_validations(out_dir: Path) -> tuple[int, int | None]:
+    """How many validations came after that of the lowest loss, and the step of the lowest (None: none)."""
+    records = [r for r in metrics.read(out_dir / METRICS) if r["kind"] == "val"]
+    best = min(((r["loss"], r["step"]) for r in records if r["loss"] is not None), default=(None, -1))[1]
+    return sum(r["step"] > best for r in records), None if best < 0 else best
+
+
 def find_model(name: str) -> str:
-    """The folder or Hub name behind a `--model`: for a run, its newest intact checkpoint.
+    """The folder or Hub name behind a `--model`: for a run, its newest intact checkpoint; RUN:best: its best.
 
     Warns on stderr if a newer one is damaged. Raises UserError for a run without checkpoints, and for the
     default run if there is none.
     """
     folder = Path(name)
+    if name.endswith(BEST) and not folder.exists():
+        folder = Path(name.removesuffix(BEST))
+        if not folder.is_dir():
+            raise UserError(
+                f"{name}: no run there: {BEST} takes the best checkpoint of a run{runs_below(folder)}"
+            )
+        return str(best_checkpoint(folder))
     if (folder / "model.safetensors").exists():
         return name
     if not folder.is_dir():

@@ -61,6 +61,10 @@ class Runtime:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op), group)
         return tensor
 
+    def on_any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return bool(self.all_reduce(torch.tensor(int(flag), device=self.device), "MAX"))
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.all_reduce(torch.zeros((), device=self.device))

@@ -1,0 +1,109 @@
+"""Evaluations, samples and figures, which may fail without ending the run.
+
+What raises an error is recorded, and training continues. What ends the process instead (the host out of
+memory, a crash inside a library) would end it again after every restart. So a file in the run folder lists
+what has begun and not ended, and what is in it MAX_DEATHS times is left out.
+"""
+
+import contextlib
+import gc
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from support import files, metrics
+from support.cli import UserError
+from support.metrics import Metrics
+from support.runtime import Runtime
+
+T = TypeVar("T")
+UNDER_WAY = ".evaluating.json"
+MAX_DEATHS = 5  # kills that have nothing to do with the evaluation may fall into it as well
+# What a resumed run does not repeat -> the kind of its record, or the name of its event.
+RECORDS = {"validation": "val", "HellaSwag": "hellaswag", "samples": "sample"}
+
+
+class Attempts:
+    """Calls work that may fail; every process of the run makes the same calls in the same order."""
+
+    def __init__(self, rt: Runtime, run_metrics: Metrics, steps_done: int) -> None:
+        """steps_done: the step to resume at, whose record may lack an evaluation."""
+        self.rt, self.metrics = rt, run_metrics
+        self.file = run_metrics.path.parent / UNDER_WAY
+        self.settled: set[tuple[int, str]] = set()
+        if rt.is_main:
+            records = [r for r in metrics.read(run_metrics.path) if r["step"] == steps_done]
+            found = {r["kind"] for r in records} | {r.get("name") for r in records}
+            failed = {r.get("what") for r in records if r.get("name") == "evaluation failed"}
+            names = [what for what, kind in RECORDS.items() if kind in found or what in failed]
+            self.settled = {(steps_done, what) for what in names}
+
+    def __call__(self, step: int, what: str, work: Callable[[], T], here: bool = True) -> T | None:
+        """What `work` returns; None if it failed on any process, was done before, or keeps killing the run.
+
+        work: without communication between processes, since one that fails would leave the others waiting.
+        It is called in the run's precision. here: whether this process does it; None if not.
+        """
+        if self.rt.on_any(self.rt.is_main and not self._begin(step, what)):
+            return None
+        result, reason, trace = None, "", None
+        try:
+            with self.rt.autocast():
+                result = work() if here else None
+            self.rt.synchronize()  # an error of the device belongs to this work, not to the next step
+        except Exception as error:  # whatever it is, the run is worth more
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            if not isinstance(error, UserError | torch.OutOfMemoryError):
+                reason, trace = f"{type(error).__name__}: {reason}", traceback.format_exc()
+        if reason:  # not before now: the error held the tensors of its frames
+            if self.rt.is_main:
+                self._record(step, what, reason, trace)
+            else:
+                print(f"warning: step {step}, process {self.rt.rank}: {what}: {reason}", file=sys.stderr)
+            gc.collect()
+            if self.rt.device.type == "cuda":
+                torch.cuda.empty_cache()
+        failed = self.rt.on_any(reason != "")
+        if self.rt.is_main:
+            if failed and not reason:
+                self._record(step, what, "on another process", None)
+            self._write([pair for pair in self._under_way() if pair != [step, what]])
+            if what in RECORDS:
+                self.settled.add((step, what))
+        return None if failed else result
+
+    def _begin(self, step: int, what: str) -> bool:
+        """Whether to do it; then it is noted as under way."""
+        if (step, what) in self.settled:
+            return False
+        under_way = self._under_way()
+        deaths = sum(name == what for _, name in under_way)
+        if deaths >= MAX_DEATHS and [step, what] in under_way:
+            self._record(step, what, f"the process has ended in it {deaths} times", None)
+            self.settled.add((step, what))
+            return False
+        self._write([*under_way, [step, what]])
+        return True
+
+    def _record(self, step: int, what: str, reason: str, trace: str | None) -> None:
+        print(f"warning: step {step}: {what} failed, training continues: {reason}", file=sys.stderr)
+        more = {"traceback": trace} if trace else {}
+        self.metrics.log(step, "event", name="evaluation failed", what=what, reason=reason, **more)
+
+    def _under_way(self) -> list[list[object]]:
+        """[step, what] of all that has begun and not ended; empty if the file is missing or damaged."""
+        try:
+            return [[step, what] for step, what in json.loads(self.file.read_text(encoding="utf-8"))]
+        except (OSError, ValueError, TypeError):
+            return []
+
+    def _write(self, under_way: list[list[object]]) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the record of the run is what reports that
+            if under_way:
+                files.write_atomically(self.file, json.dumps(under_way) + "\n")
+            else:
+                self.file.unlink(missing_ok=True)

@@ -1,0 +1,67 @@
+"""What a training run says of itself at its start and at its end."""
+
+from pathlib import Path
+from typing import Protocol
+
+from support import hardware, metrics, run_folder
+from support.runtime import Runtime
+
+
+class Settings(Protocol):
+    """The training script's settings, of which these are used here."""
+
+    data_dir: Path
+    out_dir: Path
+    init_from: str
+    compile: bool
+    total_batch_size: int
+    sequence_length: int
+    max_steps: int
+
+
+class ModelConfig(Protocol):
+    """The shape of a model: GPTConfig has it."""
+
+    block_size: int
+    n_head: int
+    n_embd: int
+
+    @property
+    def n_parameters(self) -> int: ...
+
+
+def at_start(
+    s: Settings, rt: Runtime, config: ModelConfig, sequences: int, B: int, rounds: int, steps_done: int
+) -> None:
+    """Print what is about to be trained, on which data and machine.
+
+    sequences: in the training data. B: the micro-batch. rounds: accumulation steps.
+    """
+    T, compiled = s.sequence_length, "compiled" if s.compile else "not compiled"
+    attention = hardware.attention_backend(rt, config.n_head, config.n_embd // config.n_head, T)
+    processes = f"{rt.world_size} process{'es' * (rt.world_size > 1)}"
+    accumulation = f"{rounds} accumulation step{'s' * (rounds > 1)}"
+    rt.say(f"model      {config.n_parameters:,} parameters: {s.init_from}, {config}")
+    rt.say(f"data       {s.data_dir}: {sequences * T:,} training tokens")
+    rt.say(f"batch      {s.total_batch_size:,} tokens = {B} x {T} x {processes} x {accumulation}")
+    rt.say(f"device     {hardware.describe(rt)['name']}, {rt.dtype}, {compiled}, {attention} attention")
+    rt.say(f"run        {s.out_dir}: steps {steps_done} to {s.max_steps}")
+    if T < config.block_size:
+        rt.say(f"warning: positions {T} and above are never trained: --block-size {T} drops them")
+
+
+def at_end(
+    folder: Path, records: list[metrics.Record], samples: list[str] | None, figure: Path | None
+) -> None:
+    """Print the results of a run and where they are; samples, figure: None if they failed."""
+    if samples is not None:
+        print(f"\nsamples ({folder / run_folder.SAMPLES}):")
+        for text in samples[::3]:
+            print(f"  {text!r}")
+    if val_losses := [r["loss"] for r in records if r["kind"] == "val" and r["loss"] is not None]:
+        print(
+            f"validation loss: {val_losses[-1]:.4f}, from {val_losses[0]:.4f} ({folder / run_folder.METRICS})"
+        )
+    print(f"summary: {folder / run_folder.SUMMARY}")
+    if figure is not None:
+        print(f"figure: {figure}")
