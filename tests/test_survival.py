@@ -1,0 +1,418 @@
+"""Nothing between steps ends a run: evaluations that fail or kill, checkpoints by time, the best one kept."""
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import json
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT, TINY, as_flags, history, run_script
+
+import hellaswag
+import plot_loss
+import train_gpt2
+import upload_hf
+from model import GPT
+from settings import PRESETS, check_settings, settings_from_config
+from support import checkpoint, metrics, run_folder, sampling
+from support.attempts import MAX_DEATHS, Attempts
+from support.cli import UserError
+from support.metrics import Metrics
+
+Train = Callable[..., Path]
+
+
+def steps_kept(run: Path) -> list[int]:
+    return sorted(map(checkpoint.step_of, checkpoint.folders(run)))
+
+
+def events(run: Path, name: str) -> list[dict[str, object]]:
+    return [r for r in metrics.read(run / "metrics.jsonl") if r.get("name") == name]
+
+
+def set_losses(monkeypatch: pytest.MonkeyPatch, losses: Iterable[float]) -> None:
+    """Make the validations find these losses, one after another."""
+    coming = iter(losses)
+    share = lambda run: torch.tensor(next(coming), dtype=torch.float64)  # noqa: E731
+    monkeypatch.setattr(train_gpt2, "validate", share)
+
+
+def damage(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def snapshot_of(folder: Path) -> checkpoint.Snapshot:
+    return checkpoint.snapshot(GPT.from_pretrained(folder), checkpoint.load_training_state(folder))
+
+
+@pytest.fixture
+def with_hellaswag(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Settings with a HellaSwag of one example, whose score costs nothing."""
+    example = hellaswag.Example([1, 2], [[3], [4], [5], [6]], [1] * 4, 0)
+    monkeypatch.setattr(hellaswag, "prepare", lambda *args, **kwargs: ([example], ""))
+    monkeypatch.setattr(hellaswag, "count_correct", lambda *args: torch.tensor([1, 0]))
+    return {"hellaswag_interval": 2}
+
+
+# ---------------------------------------------------------------- evaluations that fail
+
+
+def test_the_checkpoint_comes_before_the_evaluation(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for owner, name in ((checkpoint, "snapshot"), (train_gpt2, "validate")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, f=original, name=name: calls.append(name) or f(*args))
+    train()
+    assert calls == ["validate", *["snapshot", "validate"] * 3]
+
+
+FAILURES = {
+    "validation": (train_gpt2, "validate", [0, 2, 4, 6]),
+    "HellaSwag": (hellaswag, "count_correct", [0, 2, 4, 6]),
+    "samples": (sampling, "draw_samples", [3]),
+    "loss_curves.png": (plot_loss, "plot_run", [6]),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), IndexError("a bug")])
+def test_an_evaluation_that_fails_is_an_event(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    with_hellaswag: dict[str, object], what: str, error: Exception,
+) -> None:  # fmt: skip
+    settings = {**with_hellaswag, "sample_interval": 3, "max_steps": 6}
+    whole = train("whole", **settings)
+    owner, name, steps = FAILURES[what]
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(owner, name, fail)
+    capsys.readouterr()
+    run = train("failing", **settings)
+    shown = capsys.readouterr().err
+    assert history(run, kinds=("train",)) == history(whole, kinds=("train",))
+    assert steps_kept(run) == steps_kept(whole) and (run / "summary.json").exists()
+    failed = events(run, "evaluation failed")
+    assert [(r["step"], r["what"]) for r in failed if r["what"] == what] == [(s, what) for s in steps]
+    bug = isinstance(error, IndexError)
+    reason = "IndexError: a bug" if bug else "CUDA out of memory."
+    for record in failed:
+        assert record["reason"] == reason and ("traceback" in record) == bug
+        assert f"step {record['step']}: {record['what']} failed, training continues: {reason}\n" in shown
+    assert shown.count("\n") == len(failed)
+    kinds = {"validation": "val", "HellaSwag": "hellaswag"}
+    others = [kind for name, kind in kinds.items() if name != what]
+    assert history(run, kinds=others) == history(whole, kinds=others)
+
+
+def test_a_record_that_cannot_be_written_ends_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Metrics.log
+
+    def full(self: Metrics, step: int, kind: str, **values: object) -> None:
+        if kind == "val":
+            raise UserError("no space")
+        log(self, step, kind, **values)
+
+    monkeypatch.setattr(Metrics, "log", full)
+    with pytest.raises(UserError, match="no space"):
+        train()
+
+
+def test_a_failure_frees_its_memory_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the cache is emptied, the tensors of the failed work are gone: the error had held them."""
+    held, emptied = [], []
+    rt = SimpleNamespace(
+        is_main=True, rank=0, device=torch.device("cuda"), autocast=nullcontext, synchronize=lambda: None,
+        on_any=bool,
+    )  # fmt: skip
+    attempt = Attempts(rt, Metrics(tmp_path / "metrics.jsonl"), 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held[0]() is None))
+
+    def work() -> None:
+        activations = torch.zeros(10)
+        activations.itself = activations  # a cycle, which only the collector finds
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gc.disable()
+    try:
+        assert attempt(1, "validation", work) is None
+    finally:
+        gc.enable()
+    assert emptied == [True]
+
+
+def until_done(train: Train, **settings: object) -> int:
+    """Start the run anew whenever it dies, as a restart loop does; returns the number of starts."""
+    for starts in range(1, 40):
+        with contextlib.suppress(SystemExit):
+            train("run", resume=True, **settings)
+            return starts
+        gc.collect()  # a process that dies lets go of the run folder, and writes no more
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint"):
+                thread.join()
+    raise AssertionError("trapped")
+
+
+def test_an_evaluation_is_made_up_for_after_a_kill(
+    train: Train, monkeypatch: pytest.MonkeyPatch, with_hellaswag: dict[str, object]
+) -> None:
+    """Killed in it, with its checkpoint written: the record is that of a run without the kill."""
+    whole, validate, count = train("whole", **with_hellaswag), train_gpt2.validate, hellaswag.count_correct
+    validations, counts = itertools.count(), itertools.count()
+
+    def die_in_the_third(*args: object) -> torch.Tensor:
+        if next(validations) == 2:
+            raise SystemExit
+        return validate(*args)
+
+    def die_in_the_fourth(*args: object) -> torch.Tensor:
+        if next(counts) == 3:
+            raise SystemExit
+        return count(*args)
+
+    monkeypatch.setattr(train_gpt2, "validate", die_in_the_third)
+    monkeypatch.setattr(hellaswag, "count_correct", die_in_the_fourth)
+    assert until_done(train, **with_hellaswag) == 3
+    kinds = ("train", "val", "hellaswag")
+    assert history(whole.parent / "run", kinds) == history(whole, kinds)
+    assert (next(validations), next(counts)) == (5, 5)  # 4 of each in all, and once more what was cut off
+
+
+@pytest.mark.parametrize("interval", [1, 100])
+def test_an_evaluation_that_kills_does_not_trap_a_restart_loop(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interval: int
+) -> None:
+    whole = train("whole")
+
+    def die(*args: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(train_gpt2, "validate", die)
+    starts = until_done(train, checkpoint_interval=interval)
+    assert starts == MAX_DEATHS + 4  # steps 0, 2, 4, 6: the first one MAX_DEATHS times, the others once each
+    run = tmp_path / "run"
+    assert history(run, kinds=("train",)) == history(whole, kinds=("train",))
+    assert steps_kept(run)[-1] == 6 and (run / "summary.json").exists()
+    assert "has ended in it" in events(run, "evaluation failed")[-1]["reason"]
+
+
+def test_overwrite_forgets_earlier_deaths(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".evaluating.json").write_text(json.dumps([[0, "validation"]] * MAX_DEATHS))
+    train(overwrite=True)
+    assert [r["step"] for r in history(run, kinds=("val",))] == [0, 2, 4, 6]
+
+
+def test_a_hellaswag_file_damaged_during_the_run(train: Train, tmp_path: Path) -> None:
+    """At the first start it is the user's mistake; later the run continues without it."""
+    file = tmp_path / "hellaswag.jsonl"
+    settings = {"hellaswag_interval": 100, "hellaswag_data": str(file), "resume": True, "block_size": 64}
+    file.write_text("nonsense\n")
+    with pytest.raises(UserError, match="line 1 is not a HellaSwag example"):
+        train(**settings)
+    assert not (tmp_path / "run").exists()
+    record = {"ctx": "A man", "endings": [" runs", " walks", " sits", " eats"], "label": 0}
+    file.write_text(json.dumps(record) + "\n")
+    train(**settings, max_steps=2)
+    file.write_text("nonsense\n")
+    run = train(**settings, max_steps=4)
+    assert [r["step"] for r in history(run, kinds=("train",))] == [1, 2, 3, 4]
+    [event] = events(run, "evaluation failed")
+    assert event["what"] == "HellaSwag" and "line 1 is not" in event["reason"]
+
+
+# The failure is on one process only; and only rank 0 knows when a checkpoint is overdue.
+FAILS_ON_RANK_1 = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt2
+from support import cli
+validate, calls = train_gpt2.validate, iter(range(100))
+def fail(run):
+    if next(calls) == 1 and os.environ["RANK"] == "1":
+        raise MemoryError("too much")
+    return validate(run)
+train_gpt2.validate = fail
+if __name__ == "__main__":
+    cli.run(train_gpt2.main)
+"""
+
+
+def test_two_processes_agree(train: Train, data_dir: Path, tmp_path: Path) -> None:
+    whole = train("whole")
+    (tmp_path / "failing.py").write_text(FAILS_ON_RANK_1)
+    values = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "two", "keep_checkpoints": 9}
+    flags = as_flags({**values, "checkpoint_interval": 0, "checkpoint_minutes": 1e-9})
+    done = run_script(str(tmp_path / "failing.py"), "--preset", "demo", *flags, nproc=2)
+    assert done.returncode == 0, done.stderr
+    assert "step 2, process 1: validation: MemoryError: too much" in done.stderr
+    run = tmp_path / "two"
+    [event] = events(run, "evaluation failed")
+    assert (event["step"], event["what"], event["reason"]) == (2, "validation", "on another process")
+    losses = {r["step"]: r["loss"] for r in history(whole, kinds=("val",))}
+    del losses[2]
+    assert {r["step"]: r["loss"] for r in history(run, kinds=("val",))} == pytest.approx(losses, abs=1e-5)
+    for key in ("step", "loss"):
+        ours, theirs = ([r[key] for r in history(path, kinds=("train",))] for path in (run, whole))
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert steps_kept(run) == [1, 2, 3, 4, 5, 6]
+
+
+# ---------------------------------------------------------------- checkpoints by time
+
+
+def test_checkpoints_by_time(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that advances a minute whenever it is read: once before training, per step, per checkpoint."""
+    whole = train("whole", checkpoint_interval=0, checkpoint_minutes=0)
+    minutes = itertools.count()
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
+    run = train("by_time", checkpoint_interval=0, checkpoint_minutes=2.5, max_steps=6)
+    assert steps_kept(run) == [3, 6] and steps_kept(whole) == [6]
+    assert history(run) == history(whole)
+    never = train("never", checkpoint_interval=0, checkpoint_minutes=0)
+    assert steps_kept(never) == [6]
+
+
+def test_resuming_from_a_checkpoint_by_time(train: Train) -> None:
+    whole = train("whole")
+    part = train("part", checkpoint_interval=0, checkpoint_minutes=1e-9, keep_checkpoints=9)
+    for folder in checkpoint.folders(part)[:3]:
+        damage(folder)
+    train("part", checkpoint_interval=0, checkpoint_minutes=0, resume=True)
+    assert history(part) == history(whole)
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_displace_new_ones(train: Train) -> None:
+    """A run that resumes at step 2 and saves step 3: older than 4 and 6, yet the newest intact one."""
+    run = train()
+    for folder in checkpoint.folders(run)[:2]:
+        damage(folder)
+    checkpoint.save(run, 3, snapshot_of(checkpoint.folder_of(run, 2)), keep=1)
+    assert steps_kept(run) == [3]
+
+
+def test_an_intact_checkpoint_is_not_written_again(train: Train) -> None:
+    run = train(max_steps=2)
+    folder = checkpoint.folder_of(run, 2)
+    before, snapshot = folder.stat().st_ino, snapshot_of(folder)
+    checkpoint.save(run, 2, snapshot, keep=1)
+    assert folder.stat().st_ino == before
+    damage(folder)
+    checkpoint.save(run, 2, snapshot, keep=1)
+    checkpoint.verify(folder)
+
+
+# ---------------------------------------------------------------- the best checkpoint
+
+
+def test_the_best_checkpoint_stays(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    set_losses(
+        monkeypatch, [1.0, 5.0, 3.0, 4.0, 3.0, 7.0, 8.0]
+    )  # step 0 has no checkpoint; equals: the first
+    settings = {"val_interval": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "keep_best": True}
+    run = train(**settings)
+    assert steps_kept(run) == [2, 6]
+    assert run_folder.find_model(f"{run}:best") == str(checkpoint.folder_of(run, 2))
+    assert run_folder.find_model(str(run)) == str(checkpoint.folder_of(run, 6))
+    assert upload_hf.pick_checkpoint(run, "best") == checkpoint.folder_of(run, 2)
+    damage(checkpoint.folder_of(run, 2))
+    capsys.readouterr()
+    assert run_folder.find_model(f"{run}:best") == str(checkpoint.folder_of(run, 6))
+    assert "step_000002/model.safetensors: damaged" in capsys.readouterr().err
+
+    set_losses(monkeypatch, [9.0, 5.0, 3.0, float("nan"), 2.0, 7.0, 8.0])
+    run = train("falling", **settings)
+    assert steps_kept(run) == [4, 6]
+
+
+def test_the_best_survives_a_resume(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"val_interval": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "keep_best": True}
+    set_losses(monkeypatch, [9.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    train(max_steps=3, **settings)
+    run = train(max_steps=6, resume=True, **settings)
+    assert steps_kept(run) == [1, 6]
+
+
+def test_names_of_models_with_colons(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train("c:runs", max_steps=2)
+    newest = str(checkpoint.folder_of(run, 2))
+    assert run_folder.find_model(str(run)) == newest
+    assert run_folder.find_model(f"{run}:best") == newest
+    run.rename(tmp_path / "is:best")
+    assert run_folder.find_model(str(tmp_path / "is:best")).startswith(str(tmp_path / "is:best"))
+    with pytest.raises(UserError, match=r"none:best: no run there"):
+        run_folder.find_model(str(tmp_path / "none:best"))
+    without = train("without", val_interval=0)
+    with pytest.raises(UserError, match="no checkpoint there has a validation loss"):
+        run_folder.find_model(f"{without}:best")
+
+
+# ---------------------------------------------------------------- patience
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_patience(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    with_hellaswag: dict[str, object], keep_best: bool,
+) -> None:  # fmt: skip
+    """The last step is that of the second validation without a new lowest loss, and like any last step."""
+    losses = [9.0, 5.0, 6.0, 4.0, 4.0, 7.0, 1.0]
+    settings = {
+        "val_interval": 1, "hellaswag_interval": 3, "checkpoint_interval": 0, "keep_best": keep_best,
+        "keep_checkpoints": 9,
+    }  # fmt: skip
+    set_losses(monkeypatch, losses)
+    run = train(patience=2, **settings)
+    assert [r["loss"] for r in history(run, kinds=("val",))] == losses[:6]
+    assert [r["step"] for r in history(run, kinds=("train",))] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in history(run, kinds=("hellaswag",))] == [0, 3, 5]
+    assert steps_kept(run) == ([1, 2, 3, 4, 5] if keep_best else [5])
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (5, 5 * TINY["total_batch_size"])
+    [event] = events(run, "patience ran out")
+    assert (event["step"], event["validations"], event["best_step"]) == (5, 2, 3)
+    assert "--patience 2" in capsys.readouterr().out
+
+    before = history(run, kinds=("train", "val", "hellaswag"))
+    train(patience=2, resume=True, **settings)
+    assert history(run, kinds=("train", "val", "hellaswag")) == before
+    set_losses(monkeypatch, losses[6:])
+    train(patience=3, resume=True, **settings)
+    assert [r["loss"] for r in history(run, kinds=("val",))] == losses
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_settings_that_need_validations() -> None:
+    for name, value in (("keep_best", True), ("patience", 3)):
+        s = dataclasses.replace(PRESETS["demo"], val_interval=0, **{name: value})
+        with pytest.raises(UserError, match="--val-interval 0: needs validations"):
+            check_settings(s, 1)
+
+
+def test_the_config_of_an_older_run(train: Train) -> None:
+    config = train(max_steps=1, seed=5) / "config.json"
+    recorded = json.loads(config.read_text())
+    for name in ("checkpoint_minutes", "keep_best", "patience"):
+        del recorded["settings"][name]
+    config.write_text(json.dumps(recorded))
+    s = settings_from_config(config)
+    assert (s.seed, s.checkpoint_minutes, s.keep_best, s.patience) == (5, 15.0, False, 0)
