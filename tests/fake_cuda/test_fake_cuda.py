@@ -44,6 +44,9 @@ BETWEEN_STEPS = {
     *((p, "blocking copy to the device", "support/sampling.py") for p in ("evaluate", "finish")),
     *((p, "blocking copy to the host", "support/sampling.py") for p in ("evaluate", "finish")),
     *((p, "synchronize", "support/runtime.py") for p in ("evaluate", "save", "finish")),
+    # Whether an evaluation failed on any process.
+    *((p, "blocking copy to the device", "support/runtime.py") for p in ("evaluate", "finish")),
+    *((p, "read of a number", "support/runtime.py") for p in ("evaluate", "finish")),
     *(("save", "blocking copy to the host", f) for f in ("support/checkpoint.py", "support/pretrained.py")),
     *(("save", "blocking copy to the device", f) for f in ("support/checkpoint.py", "support/pretrained.py")),
     ("save", "read of a number", "train_gpt2.py"),  # the scale of fp16
