@@ -32,7 +32,7 @@ from support.runtime import Runtime
 @dataclass
 class Settings:
     model: str = "log"
-    """A run, a checkpoint, a GPT-2 folder in the Hugging Face format, or a Hub name (gpt2)."""
+    """A run (RUN:best: its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a Hub name."""
     prompt: str | None = None
     """Text to continue; - reads standard input. Default: a prompt loop (without a terminal, no prompt)."""
     num_samples: int = 3

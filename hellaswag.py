@@ -300,7 +300,7 @@ def total_score(correct: Tensor, n: int, rt: Runtime) -> Score:
 @dataclass
 class Settings:
     model: str = "log"
-    """A run, a checkpoint, a GPT-2 folder in the Hugging Face format, or a Hub name (gpt2)."""
+    """A run (RUN:best: its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a Hub name."""
     data: Path | None = None
     """A local file of HellaSwag examples. Default: the published validation file, fetched once."""
     limit: int = 0
