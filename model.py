@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from support import pretrained, sampling
 from support.cli import UserError
+from support.layer_norm import LayerNorm
 from support.loss import ChunkedCrossEntropy, RowCrossEntropy
 
 
@@ -106,17 +107,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, attention: Attention | None = None) -> Tensor:
-        B, T, C = x.shape
+    def forward(self, x: Tensor, T: int, attention: Attention | None = None) -> Tensor:
+        """x (N, C), sequences of T tokens one after another, B·T = N -> (N, C)."""
+        N, C = x.shape
         q, k, v = (
-            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-            for t in self.c_attn(x).split(C, dim=2)
+            t.view(N // T, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for t in self.c_attn(x).split(C, dim=1)
         )
         if attention is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             y = attention.attend(self.layer, q, k, v)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(N, C))
 
 
 class MLP(nn.Module):
@@ -132,13 +134,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_1 = LayerNorm(config.n_embd, eps=1e-5)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_2 = LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attention: Attention | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attention)
+    def forward(self, x: Tensor, T: int, attention: Attention | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), T, attention)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -164,7 +166,7 @@ class GPT(nn.Module):
                     "wte": nn.Embedding(config.embedding_rows, config.n_embd),
                     "wpe": nn.Embedding(config.block_size, config.n_embd),
                     "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                    "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
+                    "ln_f": LayerNorm(config.n_embd, eps=1e-5),
                 }
             )
             self.lm_head = Linear(config.n_embd, config.embedding_rows, bias=False)
@@ -211,10 +213,12 @@ class GPT(nn.Module):
         positions = (
             torch.arange(T, device=idx.device) if attention is None else attention.start(T, idx.device)
         )
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
+        # (B·T, C) from here on, as matrix products take it. torch.compile fuses only what has one shape: this
+        # way backward writes the residual stream's gradient and its 16-bit copy in one kernel.
+        x = (self.transformer.wte(idx) + self.transformer.wpe(positions)).flatten(0, 1)
         for block in self.transformer.h:
-            x = block(x, attention)
-        return self.transformer.ln_f(x)
+            x = block(x, T, attention)
+        return self.transformer.ln_f(x).view(*idx.shape, -1)
 
     def head(self, states: Tensor) -> Tensor:
         """States (..., n_embd) of `hidden` -> next-token logits (..., vocab_size), without the padding.

@@ -73,7 +73,7 @@ def memory_bytes(
     Per parameter 16: fp32 weight, gradient and AdamW's two moments (Rajbhandari et al. 2020, "ZeRO"); 12
     where Muon has one moment; with `buckets` 4 more, DDP's, which an accumulating process has beside its
     gradients. Matrices once more in 16 bits.
-    Activations, as traced from the compiled graph: 36·T·B·d per block (8 for normalised states in fp32, 16
+    Activations, as traced from the compiled graph: 36·T·B·d per block (8 for the residual stream in fp32, 16
     for the MLP, 6 for q, k and v, 4 for the inputs of c_attn and c_fc, 2 for attention's output), 4·T·B·d
     for the first block's input. Logits of one chunk of the loss in 16 bits, which become their own gradient.
     """

@@ -162,6 +162,17 @@ def test_nothing_saved_of_the_logits_size(case: str, compiled: dict[str, Report]
     assert max(sizes(compiled[case]["graphs"]["saved"])) < LOGITS
 
 
+def test_of_the_fp32_states_only_the_residual_stream_is_saved(compiled: dict[str, Report]) -> None:
+    """In two dimensions, so that its gradient and that one's 16-bit copy have one shape, and one kernel."""
+    entries(compiled["full size"])
+    saved = [t for t in compiled["full size"]["graphs"]["saved"] if t["dtype"] == "float32"]
+    states = [t for t in saved if t["elements"] == 64 * 1024 * GPT2.n_embd]
+    embedding = [t for t in states if "embedding" in t["operation"]]
+    sums = [t for t in states if t["operation"] == "aten.add.Tensor" and len(t["shape"]) == 2]
+    assert (len(embedding), len(sums)) == (1, 2 * GPT2.n_layer)
+    assert len(states) == len(embedding) + len(sums)
+
+
 def sizes(tensors: list[dict]) -> list[int]:
     """The number of elements of each."""
     return [t["elements"] for t in tensors]
