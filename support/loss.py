@@ -11,8 +11,8 @@ def default_chunks(n_tokens: int, device: torch.device) -> int:
     """Chunks for the loss of `n_tokens`: of 512 tokens on a CPU, which is fastest there; of 16,384 on CUDA.
 
     On CUDA more chunks need less memory and move more bytes. Counted for a micro-step of GPT-2 124M with
-    65,536 tokens: logits of 6.6 GB in 195.4 GB of traffic with one chunk, 1.6 in 196.9 with the four chosen
-    here, 0.4 in 201.2 with sixteen; without torch.compile all of it peaks at 60, 34 and 26 GB.
+    65,536 tokens: logits of 6.6 GB in 186.2 GB of traffic with one chunk, 1.6 in 187.6 with the four chosen
+    here, 0.4 in 191.9 with sixteen; without torch.compile all of it peaks at 60, 34 and 26 GB.
     """
     tokens_per_chunk = {"cpu": 512, "cuda": 16_384}.get(device.type, n_tokens)
     return max(1, n_tokens // tokens_per_chunk)
