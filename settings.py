@@ -41,6 +41,10 @@ class RunSettings:
     """Continue from the newest intact checkpoint of the run folder; start afresh if there is none."""
     overwrite: bool = False
     """Delete the run in the folder, and start afresh."""
+    push_to_hub: str = ""
+    """Send each checkpoint to this model repository, USER/NAME; --resume brings a lost run back from it."""
+    push_public: bool = False
+    """Create that repository for everyone to see. Default: private."""
     init_from: str = "scratch"
     """Initial weights: scratch, a Hub name (gpt2), or a folder: a run, a checkpoint, a Hugging Face GPT-2."""
     seed: int = 1337

@@ -40,6 +40,7 @@ from support import (
     files,
     hardware,
     metrics,
+    push,
     report,
     run_folder,
     runtime,
@@ -76,6 +77,7 @@ class Run:
     identity: dict[str, object]  # what a resumed run must have in common with this one
     writer: checkpoint.Writer
     attempt: Attempts  # at what may fail without ending the run
+    pusher: push.Pusher  # does nothing without --push-to-hub
     steps_done: int  # before this process started: 0, or the step of the checkpoint it resumed from
     last_step: int  # --max-steps, or the step at which --patience ran out
     lock: FileLock | None  # of the run folder, held by rank 0 as long as this object lives
@@ -95,6 +97,7 @@ def set_up(s: Settings) -> Run:
     shape = GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
     flops = s.max_steps * s.total_batch_size * shape.flops_per_token(s.sequence_length)
     hardware.refuse_days_on_cpu(s.device, flops, rt)
+    head = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
     with clock("data"):
         rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
         data = shards.find_shards(s.data_dir, s.num_shards)
@@ -146,6 +149,7 @@ def set_up(s: Settings) -> Run:
         optimizers=optimizers, scaler=scaler, micro_batch_size=B, accumulation_steps=sequences // B,
         loss_chunks=s.loss_chunks or default_chunks(B * s.sequence_length, rt.device),
         identity=identity, writer=checkpoint.Writer(), steps_done=steps_done,
+        pusher=push.Pusher(s, head, newest, silent=not rt.is_main),
     )  # fmt: skip
     report.at_start(s, rt, model.config, len(train_stream), B, run.accumulation_steps, steps_done)
     return run
@@ -189,6 +193,7 @@ def train(s: Settings) -> int:
     """Train as the settings say. Returns the exit status: 0, or 128 + signal if one ended the run."""
     run = set_up(s)
     rt, status = run.rt, run_steps(run)
+    run.pusher.close(run.metrics)
     # The process group is left with no model alive: a DDP reducer torn down at exit can hang or abort.
     del run
     torch.compiler.reset()
@@ -357,6 +362,7 @@ def save(run: Run, step: int, wait: bool) -> None:
             snapshot = checkpoint.snapshot(run.model, state)
             best = run_folder.by_validation_loss(s.out_dir)[:1] if s.keep_best else ()
             run.writer.start(s.out_dir, step, snapshot, s.keep_checkpoints, message, spared=best)
+            run.pusher.send(run.metrics, step, folder, run.writer.writing)
             if (wait or failure or s.reload_checkpoints) and (failure := run.writer.wait()):
                 raise failure
         if s.reload_checkpoints:

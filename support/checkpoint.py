@@ -160,10 +160,16 @@ def _write(folder: Path, state: Snapshot) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: cannot be written ({reason}): free some space, then --resume") from error
+    put_in_place(temporary, folder)
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Give a complete checkpoint its name, in place of what may have that name already."""
+    make_folder(folder.parent)
     if folder.exists():
         _remove(folder)
     temporary.rename(folder)
-    flush_to_disk(parent)
+    flush_to_disk(folder.parent)
 
 
 def remove_unfinished(out_dir: Path) -> None:

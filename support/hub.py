@@ -25,10 +25,13 @@ MAX_WAIT = 300  # seconds; the Hub counts requests over windows of five minutes
 
 
 @contextlib.contextmanager
-def user_errors(what: str, when_unreachable: str = "try again later") -> Iterator[None]:
+def user_errors(
+    what: str, when_unreachable: str = "try again later", when_busy: str = "run the same command again"
+) -> Iterator[None]:
     """Turn the Hub's errors into a UserError that starts with `what`: a flag and its value, or a file.
 
-    when_unreachable: what to do without a network. No message contains the token.
+    when_unreachable, when_busy: what to do without a network, and about errors that go away. No message
+    contains the token.
     """
     try:
         yield
@@ -42,14 +45,14 @@ def user_errors(what: str, when_unreachable: str = "try again later") -> Iterato
         cause = error if isinstance(error, HTTPError) else error.__cause__
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
-            raise UserError(f"{what}: HTTP {status}: {_advice(status)}") from error
+            raise UserError(f"{what}: HTTP {status}: {_advice(status, when_busy)}") from error
         if isinstance(cause, HTTPError):
             reason = type(cause).__name__
             raise UserError(f"{what}: the Hub cannot be reached ({reason}): {when_unreachable}") from error
         raise
 
 
-def _advice(status: int) -> str:
+def _advice(status: int, when_busy: str) -> str:
     if status in (401, 404):
         return "not on the Hub, or not visible to this login: check the name, or set HF_TOKEN"
     if status == 403:
@@ -57,8 +60,19 @@ def _advice(status: int) -> str:
     if status == 429:
         return "too many requests: wait five minutes; HF_TOKEN raises the limit"
     if status in CONFLICTS:
-        return "someone else keeps changing it: run the same command again"
-    return "the Hub is having problems: run the same command again later"
+        return f"someone else keeps changing it: {when_busy}"
+    return f"the Hub is having problems: {when_busy}"
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, tends to go away: no network, a busy Hub, but no wrong token."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code in (*RETRYABLE, *CONFLICTS)
+        if isinstance(error, HTTPError | OfflineModeIsEnabled | LocalEntryNotFoundError):
+            return True
+        error = error.__cause__
+    return False
 
 
 def with_retries(call: Callable[[], T], tries: int = 5, retry_on: tuple[int, ...] = RETRYABLE) -> T:

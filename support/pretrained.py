@@ -12,7 +12,6 @@ from typing import Protocol
 
 import safetensors.torch
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -144,6 +143,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
 
 def _download(name: str) -> Path:
     """A model's configuration and weights from the Hub, or from its local cache."""
+    from huggingface_hub import snapshot_download  # most runs do without it
+
     repo = f"openai-community/{name}" if name in OPENAI_MODELS else name
     files = ["config.json", "model*.safetensors"]
     with hub.user_errors(f"{name} (no such folder, so a name on the Hub)", "name a folder, or connect"):

@@ -6,9 +6,9 @@
         hub.patch(monkeypatch, tmp_path)                                              # or this process
         assert hub.repo("ann/words", "dataset").files["words_val_000000.npy"] == data
 
-It speaks what the client of this project needs: whoami, creating repositories, listing files, tags and
-refs, preupload, LFS batch and upload, commits, and downloads with Range, LFS files by way of a redirect as
-on the real Hub. `hub.fail(...)` makes requests go wrong.
+It speaks what the client of this project needs: whoami, the right to write, creating repositories, listing
+files, tags and refs, preupload, LFS batch and upload, commits, and downloads with Range, LFS files by way of
+a redirect as on the real Hub. `hub.fail(...)` makes requests go wrong.
 """
 
 import base64
@@ -282,6 +282,13 @@ class Handler(BaseHTTPRequestHandler):
         token = {"accessToken": {"displayName": "loopback", "role": "write"}, "type": "access_token"}
         self.json({"type": "user", "id": "1", "name": self.hub.user, "orgs": [], "auth": token})
 
+    def auth_check(self, body: bytes, kind: str, repo_id: str) -> None:
+        self.must_write()
+        self.find(kind, repo_id)
+        if repo_id.split("/")[0] != self.hub.user:
+            raise HubError(403, message="Forbidden: you must have write access to the repository content")
+        self.json({})
+
     def create(self, body: bytes) -> None:
         self.must_write()
         wanted = json.loads(body)
@@ -422,9 +429,10 @@ class Handler(BaseHTTPRequestHandler):
                     if files.pop(value["path"], None) is None:
                         raise HubError(404, "EntryNotFound", "A file with this name doesn't exist")
                 elif operation["key"] == "deletedFolder":
-                    files = {
-                        p: d for p, d in files.items() if not p.startswith(value["path"].rstrip("/") + "/")
-                    }
+                    inside = [p for p in files if p.startswith(value["path"].rstrip("/") + "/")]
+                    if not inside:
+                        raise HubError(404, "EntryNotFound", "A file with this name doesn't exist")
+                    files = {p: d for p, d in files.items() if p not in inside}
             sha = repo.commit(header["value"]["summary"], files)
         prefix = "" if kind == "model" else f"{kind}s/"
         url = f"{self.hub.endpoint}/{prefix}{repo_id}/commit/{sha}"
@@ -476,6 +484,7 @@ ROUTES = [
     ("POST", API + r"/commit/(?P<revision>[^/]+)", Handler.commit),
     (("POST", "DELETE"), API + r"/tag/(?P<revision>[^/]+)", Handler.tag),
     ("GET", API + r"/refs", Handler.refs),
+    ("GET", API + r"/auth-check/write", Handler.auth_check),
     ("GET", API + r"/revision/(?P<revision>.+)", Handler.info),
     ("GET", API, Handler.info),
     ("POST", PREFIX + REPO + r"\.git/info/lfs/objects/batch", Handler.lfs_batch),
