@@ -249,7 +249,8 @@ class Pusher:
                     pause, reported = FIRST_WAIT, ""
                     continue
                 reason = str(failure) if isinstance(failure, UserError) else repr(failure)
-                if reason != reported:  # once an outage, not once an attempt
+                kind = "outage" if hub.passes(failure) else reason
+                if kind != reported:  # once an outage, not once an attempt
                     self.failures.append(f"{folder.name} not sent: {reason}")
                     print(f"warning: {self.failures[-1]}")
                 if self.wanted is None:
@@ -257,7 +258,7 @@ class Pusher:
                     if self.closing and not hub.passes(failure):
                         return
                     self.changed.wait(pause)
-            pause, reported = min(2 * pause, LONGEST_WAIT), reason
+            pause, reported = min(2 * pause, LONGEST_WAIT), kind
 
     def _try(self, folder: Path) -> BaseException | None:
         """Push the checkpoint; returns what went wrong, if anything."""

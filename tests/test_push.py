@@ -181,7 +181,7 @@ def test_training_never_waits_for_the_hub(
     monkeypatch.setattr(
         push.Pusher, "_push", lambda *args: (waited.append(all_done.wait(30)), push_now(*args))
     )
-    monkeypatch.setattr(train_gpt2, "finish", lambda run: (finish(run), all_done.set()))
+    monkeypatch.setattr(train_gpt2, "finish", lambda *args: (finish(*args), all_done.set()))
     train(push_to_hub=REPO)
     assert waited and all(waited)
     assert "checkpoints/step_000006/model.safetensors" in hub.repo(REPO).files
@@ -260,9 +260,9 @@ def test_a_checkpoint_removed_while_it_is_sent(
 ) -> None:
     from huggingface_hub import HfApi
 
-    folder, send = checkpoint.folder_of(undisturbed, 2), HfApi.preupload_lfs_files
+    folder, upload = checkpoint.folder_of(undisturbed, 2), HfApi.preupload_lfs_files
     remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
-    monkeypatch.setattr(HfApi, "preupload_lfs_files", lambda *a, **k: (remove(), send(*a, **k)))
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", lambda *a, **k: (remove(), upload(*a, **k)))
     s = settings_of(undisturbed)
     pusher = push.Pusher(s, push.prepare(s), folder)
     wait_for(lambda: len(hub.repo(REPO).commits) > 1)
