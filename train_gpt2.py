@@ -144,12 +144,11 @@ def set_up(s: Settings) -> Run:
         record.log(steps_done, "event", name="evaluation failed", what="HellaSwag", reason=problem)
     run = Run(
         settings=s, rt=rt, clock=clock, train_stream=train_stream, val_stream=val_stream, lock=lock,
-        metrics=record, attempt=Attempts(rt, record, steps_done), last_step=s.max_steps,
+        metrics=record, attempt=Attempts(rt, record, steps_done), steps_done=steps_done,
         hellaswag_examples=examples, model=model, train_model=train_model, eval_model=eval_model,
         optimizers=optimizers, scaler=scaler, micro_batch_size=B, accumulation_steps=sequences // B,
-        loss_chunks=s.loss_chunks or default_chunks(B * s.sequence_length, rt.device),
-        identity=identity, writer=checkpoint.Writer(), steps_done=steps_done,
-        pusher=push.Pusher(s, head, newest, silent=not rt.is_main),
+        loss_chunks=s.loss_chunks or default_chunks(B * s.sequence_length, rt.device), last_step=s.max_steps,
+        identity=identity, writer=checkpoint.Writer(), pusher=push.Pusher(s, head, newest, not rt.is_main),
     )  # fmt: skip
     report.at_start(s, rt, model.config, len(train_stream), B, run.accumulation_steps, steps_done)
     return run
