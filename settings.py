@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from support import cli
+from support import cli, trackers
 from support.cli import Dtype, UserError, flag
 
 Schedule = Literal["cosine", "linear", "wsd"]
@@ -133,10 +133,8 @@ class MachineSettings:
     """Precision of matrix products. auto: bfloat16 if the hardware has it, else float16 (GPU) or float32."""
     compile: bool = False
     """Compile the model. On by default on CUDA only."""
-    tensorboard: bool = False
-    """Also write metrics for TensorBoard."""
-    wandb: bool = False
-    """Also send metrics to Weights & Biases."""
+    track: str = ""
+    """Also send metrics to tensorboard, wandb, trackio: one of them, or several separated by commas."""
 
 
 @dataclass
@@ -261,7 +259,9 @@ def settings_from_config(path: Path) -> Settings:
         raise UserError(f"--preset {path}: neither a file nor one of {', '.join(PRESETS)}")
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        values = {}
+        # Runs recorded before there was --track have a setting for each of two trackers.
+        earlier = [name for name in ("tensorboard", "wandb") if recorded.pop(name, False)]
+        values = {"track": ",".join(earlier)}
         for field in dataclasses.fields(Settings):
             if field.name in recorded:
                 values[field.name] = type(field.default)(recorded.pop(field.name))
@@ -287,6 +287,7 @@ def check_settings(s: Settings, world_size: int) -> None:
     for name in ("cooldown_fraction", "min_lr_ratio"):
         if getattr(s, name) > 1:
             raise UserError(f"{flag(name, getattr(s, name))}: a fraction, at most 1")
+    trackers.names(s.track)
     if s.resume and s.overwrite:
         raise UserError("--resume --overwrite: one keeps the run, the other deletes it: drop one of them")
     if (s.keep_best or s.patience) and not s.val_interval:

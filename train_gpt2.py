@@ -191,13 +191,14 @@ def build_model(s: Settings, device: torch.device) -> GPT:
 def train(s: Settings) -> int:
     """Train as the settings say. Returns the exit status: 0, or 128 + signal if one ended the run."""
     run = set_up(s)
-    rt, status = run.rt, run_steps(run)
-    run.pusher.close(run.metrics)
+    rt, record, status = run.rt, run.metrics, run_steps(run)
+    run.pusher.close(record)
     # The process group is left with no model alive: a DDP reducer torn down at exit can hang or abort.
     del run
     torch.compiler.reset()
     gc.collect()
     rt.close()
+    record.close()
     return status
 
 

@@ -10,35 +10,32 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from support import trackers
 from support.cli import UserError
 from support.files import check_regular, write_atomically
+from support.trackers import Tracker
 
 Record = dict[str, object]
-Tracker = Callable[[Record], None]
 MEASUREMENTS = {"train": "loss", "val": "loss", "hellaswag": "acc"}  # kind -> the key that each must have
 
 
 class Metrics:
     """Appends records to a file; each is complete and on its way to the disk when `log` returns."""
 
-    def __init__(
-        self,
-        path: Path,
-        keep_until: int | None = None,
-        trackers: Sequence[Tracker] = (),
-        silent: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, keep_until: int | None = None, silent: bool = False) -> None:
         """Open `path` for appending, after dropping the records of steps beyond `keep_until` (None: all).
 
         A killed run has recorded steps that its checkpoint does not contain, perhaps with a broken last line;
-        it will repeat those steps. Each new record goes to the `trackers` as well.
+        it will repeat those steps.
         silent: touch nothing and record nothing, as every process but the first does.
         """
         self.path = path
-        self.trackers = trackers
+        self.trackers: dict[str, Tracker] = {}
+        self.last_step = keep_until or 0
         self.file = None
         if not silent:
             kept = [] if keep_until is None else [r for r in read(path) if r["step"] <= keep_until]
@@ -53,14 +50,40 @@ class Metrics:
         with self._space_needed():
             self.file.write(_line(record))
             self.file.flush()
-        for tracker in self.trackers:
-            tracker(record)
+        self.last_step = step
+        for name, tracker in list(self.trackers.items()):
+            with self._or_drop(name):
+                tracker.log(step, trackers.numbers(record))
+
+    def track(self, name: str, out_dir: Path, run_name: str, config: dict[str, object]) -> None:
+        """Send further records to the tracker of this name too. One that fails is dropped."""
+        with self._or_drop(name):
+            self.trackers[name] = trackers.KINDS[name](out_dir, run_name, config, self.last_step)
+
+    @contextlib.contextmanager
+    def _or_drop(self, name: str) -> Iterator[None]:
+        """A tracker that fails inside is dropped, with a warning and an event: no run ends for it."""
+        try:
+            yield
+        except Exception as error:  # whatever comes out of another's program
+            self.trackers.pop(name, None)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"warning: --track {name}: {reason}: training continues without it", file=sys.stderr)
+            self.log(self.last_step, "event", name="tracker failed", tracker=name, reason=reason)
 
     def sync(self) -> None:
         """Wait until all records are on the disk itself."""
         if self.file is not None:
             with self._space_needed():
                 os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Give the trackers the time to send what is left, and close the file."""
+        for name, tracker in list(self.trackers.items()):
+            with self._or_drop(name):
+                tracker.finish()
+        if self.file is not None:
+            self.file.close()
 
     @contextlib.contextmanager
     def _space_needed(self) -> Iterator[None]:
@@ -114,41 +137,3 @@ def is_spike(loss: float, recent: Sequence[float], sigmas: float = 6.0) -> bool:
     if len(recent) < 100:
         return False
     return loss > statistics.fmean(recent) + sigmas * statistics.pstdev(recent)
-
-
-def tensorboard_tracker(folder: Path) -> Tracker:
-    """Scalars for TensorBoard, in `folder`. Raises UserError if its package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard: its package is missing: pip install tensorboard") from error
-    writer = SummaryWriter(str(folder))
-
-    def write(record: Record) -> None:
-        for name, value in _numbers(record).items():
-            writer.add_scalar(name, value, record["step"])
-
-    return write
-
-
-def wandb_tracker(config: dict[str, object], folder: Path) -> Tracker:
-    """Scalars for Weights & Biases. Raises UserError if its package is missing."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--wandb: its package is missing: pip install wandb") from error
-    run = wandb.init(project="gpt2-124m", config=config, dir=str(folder), resume="allow")
-
-    def write(record: Record) -> None:
-        run.log({"step": record["step"], **_numbers(record)})
-
-    return write
-
-
-def _numbers(record: Record) -> dict[str, float]:
-    """The numeric values of a record, named `kind/key`."""
-    return {
-        f"{record['kind']}/{key}": value
-        for key, value in record.items()
-        if key != "step" and isinstance(value, int | float)
-    }

@@ -10,16 +10,18 @@ import contextlib
 import dataclasses
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from filelock import FileLock
 
-from support import attempts, checkpoint, files, metrics
+from support import attempts, checkpoint, files, metrics, trackers
 from support.cli import UserError
 
 DEFAULT = "log"  # of every script's --model or --run
@@ -37,7 +39,10 @@ def claim(out_dir: Path, resume: bool, overwrite: bool) -> tuple[Path | None, Fi
     Raises UserError if the folder holds a run and neither `resume` nor `overwrite` says what to do with it,
     if another process is training into it, or if it cannot be written.
     """
-    names = (CONFIG, METRICS, checkpoint.FOLDER, FIGURE, SAMPLES, SUMMARY, attempts.UNDER_WAY)
+    names = (
+        CONFIG, METRICS, checkpoint.FOLDER, FIGURE, SAMPLES, SUMMARY, attempts.UNDER_WAY,
+        trackers.TENSORBOARD_FOLDER,
+    )  # fmt: skip
     existing = [out_dir / name for name in names if (out_dir / name).exists()]
     if existing and not (resume or overwrite):
         raise UserError(
@@ -69,8 +74,7 @@ class Settings(Protocol):
     """The training script's settings, of which these are used here."""
 
     out_dir: Path
-    tensorboard: bool
-    wandb: bool
+    track: str
 
 
 def open_record(
@@ -83,12 +87,12 @@ def open_record(
     out_dir = settings.out_dir
     if silent:
         return metrics.Metrics(out_dir / METRICS, silent=True)
-    record = describe(settings, facts)
+    record = {"name": name_of(out_dir), **describe(settings, facts)}
     changed = changed_settings(out_dir / CONFIG, record["settings"]) if steps_done else {}
-    trackers = [metrics.tensorboard_tracker(out_dir / "tensorboard")] if settings.tensorboard else []
-    trackers += [metrics.wandb_tracker(record, out_dir)] if settings.wandb else []
     write_json(out_dir / CONFIG, record)
-    opened = metrics.Metrics(out_dir / METRICS, steps_done or None, trackers)
+    opened = metrics.Metrics(out_dir / METRICS, steps_done or None)
+    for name in trackers.names(settings.track):
+        opened.track(name, out_dir, record["name"], record)
     processes = facts["hardware"]["processes"]
     opened.log(steps_done, "event", name="resume" if steps_done else "start", processes=processes)
     if changed:
@@ -96,6 +100,14 @@ def open_record(
     for name, (before, now) in changed.items():
         print(f"changed    --{name.replace('_', '-')} was {before}, is now {now}")
     return opened
+
+
+def name_of(out_dir: Path) -> str:
+    """What trackers call the run in a folder: kept in config.json, or a new name that no other run has."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((out_dir / CONFIG).read_text(encoding="utf-8"))["name"])
+    # In wandb it is also the run's id, and must do without some characters.
+    return re.sub(r"[^A-Za-z0-9_-]", "-", f"{out_dir.resolve().name}-{uuid.uuid4().hex[:8]}")
 
 
 def describe(settings: object, facts: dict[str, object]) -> dict[str, object]:
@@ -132,7 +144,7 @@ def changed_settings(config: Path, new: dict[str, object]) -> dict[str, list[obj
         old = dict(json.loads(config.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    ignored = {"preset", "resume", "overwrite", "out_dir"}
+    ignored = {"preset", "resume", "overwrite", "out_dir", "track"}
     names = [name for name in new if name in old and name not in ignored]
     return {name: [old[name], new[name]] for name in names if old[name] != new[name]}
 
