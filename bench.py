@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -79,7 +78,7 @@ class Settings:
     sync: bool = False
     """Wait for the device after each step, as older scripts do."""
     compile: bool = False
-    """Compile the model. On by default on CUDA only."""
+    """Compile the model. On by default on CUDA, where Triton is installed."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"
@@ -123,6 +122,7 @@ def check_settings(s: Settings) -> None:
     ):  # fmt: skip
         if not 0 <= getattr(s, name) < math.inf:
             raise UserError(f"{flag(name, getattr(s, name))}: must be at least 0")
+    runtime.check_compile(s.compile, s.device)
     if not 0 < s.mfu <= 1:
         raise UserError(f"--mfu {s.mfu}: must be above 0 and at most 1 (0.45 is 45 %)")
     if not 0 < s.network < math.inf:
@@ -220,7 +220,7 @@ def measure(s: Settings) -> dict[str, object]:
     durations = [sum(part.values()) for part in seconds]
     median = statistics.median(durations)
     peak = hardware.peak_flops(rt.device, rt.dtype)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = hardware.peak_memory(rt.device)
     return {
         "tokens_per_sec": tokens / median,
         "step_ms": 1000 * median,
@@ -229,7 +229,7 @@ def measure(s: Settings) -> dict[str, object]:
         "mfu": config.flops_per_token(T) * tokens / median / peak,
         "peak_tflops": peak / 1e12,
         "flops_per_token": config.flops_per_token(T),
-        "memory_gb": (torch.cuda.max_memory_allocated() if on_cuda else rss) / 1e9,
+        "memory_gb": memory and memory / 1e9,
         "parts_ms": {
             part: 1000 * statistics.median(s[part] for s in seconds)
             for part in ("data", "forward", "backward", "optimizer")
@@ -261,7 +261,7 @@ def describe(result: dict[str, object]) -> str:
         f"parts      {parts} ms\n"
         f"MFU        {100 * result['mfu']:.1f} % of {result['peak_tflops']:,.2f} TFLOP/s, at "
         f"{result['flops_per_token'] / 1e6:,.0f} MFLOP per token (6N + 12·L·d·T)\n"
-        f"memory     {result['memory_gb']:.2f} GB at most\n"
+        f"memory     {hardware.gigabytes(result['memory_gb'])}\n"
         f"warm-up    {result['warmup_s']:.1f} s"
     )
 
@@ -307,8 +307,8 @@ def compare(s: Settings) -> dict[str, object]:
         for side, own, name in zip(sides, results, "AB", strict=True):
             own.append(measure_apart(side))
             if not s.json:
-                speed = f"{own[-1]['tokens_per_sec']:,.0f} tokens/s, {own[-1]['memory_gb']:.2f} GB"
-                print(f"round {number + 1} {name}: {speed}")
+                memory = hardware.gigabytes(own[-1]["memory_gb"])
+                print(f"round {number + 1} {name}: {own[-1]['tokens_per_sec']:,.0f} tokens/s, {memory}")
     ratios = [a["tokens_per_sec"] / b["tokens_per_sec"] for a, b in zip(*results, strict=True)]
     return {
         "ratio": statistics.median(ratios),
@@ -319,7 +319,7 @@ def compare(s: Settings) -> dict[str, object]:
                 "settings": text,
                 "tokens_per_sec": statistics.median(r["tokens_per_sec"] for r in own),
                 "mfu": statistics.median(r["mfu"] for r in own),
-                "memory_gb": statistics.median(r["memory_gb"] for r in own),
+                "memory_gb": own[0]["memory_gb"] and statistics.median(r["memory_gb"] for r in own),
             }
             for text, own in zip(s.compare, results, strict=True)
         ],
@@ -367,7 +367,7 @@ def show_plan(s: Settings) -> None:
 
 
 def main() -> None:
-    defaults = Settings(compile=torch.cuda.is_available())
+    defaults = Settings(compile=runtime.compiles_by_default("auto"))
     s = cli.parse(Settings, "Time training on this machine, or plan a run on another.", default=defaults)
     check_settings(s)
     if s.plan:
@@ -379,7 +379,7 @@ def main() -> None:
             return
         for name, side in zip("AB", result["sides"], strict=True):
             speed = f"{side['tokens_per_sec']:,.0f} tokens/s, MFU {100 * side['mfu']:.1f} %"
-            print(f"{name}: {speed}, {side['memory_gb']:.2f} GB: {side['settings']}")
+            print(f"{name}: {speed}, {hardware.gigabytes(side['memory_gb'])}: {side['settings']}")
         print(f"A/B: {result['ratio']:.3f} (from {result['ratio_min']:.3f} to {result['ratio_max']:.3f})")
     elif s.sweep:
         rows = sweep(s)

@@ -151,7 +151,6 @@ def main() -> int:
     model = GPT.from_pretrained(run_folder.find_model(s.model)).to(rt.device)
     if model.config.vocab_size != tokenizer.VOCAB_SIZE:
         raise UserError(f"--model {s.model}: has {model.config.vocab_size} token ids, not GPT-2's 50257")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
     try:
         if s.json:
             print(as_json(model, read_prompt(s), s, rt))

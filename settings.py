@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from support import cli, trackers
+from support import cli, runtime, trackers
 from support.cli import Dtype, UserError, flag
 
 Schedule = Literal["cosine", "linear", "wsd"]
@@ -132,7 +130,7 @@ class MachineSettings:
     dtype: Dtype = "auto"
     """Precision of matrix products. auto: bfloat16 if the hardware has it, else float16 (GPU) or float32."""
     compile: bool = False
-    """Compile the model. On by default on CUDA only."""
+    """Compile the model. On by default on CUDA, where Triton is installed."""
     track: str = ""
     """Also send metrics to tensorboard, wandb, trackio: one of them, or several separated by commas."""
 
@@ -237,8 +235,8 @@ def read_settings(args: list[str] | None = None) -> Settings:
     first.add_argument("--device", nargs="?", default="auto", const="auto")
     known, _ = first.parse_known_args(args)
     if known.preset in PRESETS:
-        on_cuda = known.device.startswith(("auto", "cuda")) and torch.cuda.is_available()
-        defaults = dataclasses.replace(PRESETS[known.preset], preset=known.preset, compile=on_cuda)
+        compiled = runtime.compiles_by_default(known.device)
+        defaults = dataclasses.replace(PRESETS[known.preset], preset=known.preset, compile=compiled)
     else:
         defaults = settings_from_config(Path(known.preset))
     grouped = CommandLine(
@@ -293,6 +291,7 @@ def check_settings(s: Settings, world_size: int) -> None:
     if (s.keep_best or s.patience) and not s.val_interval:
         name = "--keep-best" if s.keep_best else flag("patience", s.patience)
         raise UserError(f"{name} --val-interval 0: needs validations: set --val-interval, or drop it")
+    runtime.check_compile(s.compile, s.device)
     if s.num_shards == 1:
         raise UserError(
             "--num-shards 1: training needs a validation and a training shard: use 2 or more, or 0"

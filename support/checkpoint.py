@@ -9,6 +9,7 @@ A checkpoint is written to a folder with a temporary name, flushed to the disk, 
 only for a copy of the state in the host's memory; a `Writer` does the rest in the background.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from support import pretrained, tokenizer
 from support.cli import UserError
-from support.files import check_regular, flush_to_disk, make_folder, sha256_of
+from support.files import check_regular, flush_to_disk, make_folder, replace, sha256_of
 
 FOLDER = "checkpoints"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -134,7 +135,9 @@ def save(out_dir: Path, step: int, state: Snapshot, keep: int, spared: Collectio
     found = folders(out_dir)
     later = found.index(folder)
     for old in found[:later] + [old for old in found[later + keep :] if old not in spared]:
-        _remove(old)
+        # Windows refuses while someone reads a file in it: the next checkpoint tries again.
+        with contextlib.suppress(PermissionError):
+            _remove(old)
     return folder
 
 
@@ -152,7 +155,7 @@ def _write(folder: Path, state: Snapshot) -> None:
         tokenizer.save_pretrained(temporary, state.config.block_size)
         torch.save(state.training_state, temporary / TRAINING_STATE)
         sums = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
-        (temporary / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
+        (temporary / CHECKSUMS).write_text("".join(sums), encoding="utf-8", newline="\n")
         for file in temporary.iterdir():
             flush_to_disk(file)
         flush_to_disk(temporary)
@@ -168,20 +171,19 @@ def put_in_place(temporary: Path, folder: Path) -> None:
     make_folder(folder.parent)
     if folder.exists():
         _remove(folder)
-    temporary.rename(folder)
-    flush_to_disk(folder.parent)
+    replace(temporary, folder)
 
 
 def remove_unfinished(out_dir: Path) -> None:
-    """Remove half-written checkpoints left by a crash."""
+    """Remove half-written checkpoints left by a crash, as far as the system lets us."""
     for path in (out_dir / FOLDER).glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
     # Renamed first: a crash half-way must not leave a part under a checkpoint's name.
     hidden = folder.with_name(UNFINISHED + "old-" + folder.name)
-    folder.rename(hidden)
+    replace(folder, hidden)
     shutil.rmtree(hidden)
 
 

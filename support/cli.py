@@ -64,10 +64,11 @@ def last_error(stderr: str) -> str:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call a script's `main` and exit with its status; a UserError is one line on stderr and status 2.
 
-    Output is flushed line by line, so that a log file or `| tee` shows each line as it is printed.
+    Output is flushed line by line, so that a log file or `| tee` shows each line as it is printed; a console
+    that cannot show a character, such as one of Windows in cp1252, shows a ?.
     Ctrl-C exits with status 130 and no traceback.
     """
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # scripts set it so while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

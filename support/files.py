@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,20 +13,32 @@ from support.cli import UserError
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's contents at once: a reader or a crash finds the old text or the new, never a part.
 
-    The new text is on the disk itself when this returns.
+    The new text is on the disk itself when this returns, in the same bytes on every system: line ends are not
+    translated.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     replace(temporary, path)
 
 
-def replace(temporary: Path, path: Path) -> None:
-    """Give a flushed file its name, in place of any other; returns once the name is on the disk too."""
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
+def replace(source: Path, target: Path) -> None:
+    """Give a flushed file or folder its name, in place of any other; returns once the name is on the disk.
+
+    Windows refuses while anyone has the file open, such as a virus scanner that looks at every new one: tries
+    again for about a second before it raises PermissionError.
+    """
+    for wait in (0.05, 0.1, 0.2, 0.4, 0.8, None):
+        try:
+            os.replace(source, target)
+            break
+        except PermissionError:
+            if wait is None:
+                raise
+            time.sleep(wait)
+    flush_to_disk(target.parent)
 
 
 def make_folder(folder: Path) -> None:
@@ -37,8 +50,17 @@ def make_folder(folder: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's or a folder's contents are on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file's or a folder's contents are on the disk itself.
+
+    Windows does not open folders, and flushes only files that are open for writing.
+    """
+    is_folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if not is_folder:
+            raise
+        return
     try:
         os.fsync(handle)
     finally:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 
@@ -57,6 +58,27 @@ def _ram_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 0
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has had: of the GPU's memory, or resident. None: not measured.
+
+    On MPS what the driver has given out until now, most of which torch keeps for reuse.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def gigabytes(memory: float | None) -> str:
+    """A measured number of gigabytes for a person to read."""
+    return "not measured" if memory is None else f"{memory:.2f} GB"
 
 
 def attention_backend(rt: Runtime, n_head: int, head_size: int, sequence_length: int) -> str:

@@ -40,7 +40,7 @@ class Metrics:
         if not silent:
             kept = [] if keep_until is None else [r for r in read(path) if r["step"] <= keep_until]
             write_atomically(path, "".join(_line(record) for record in kept))
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open as long as the run
+            self.file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - as long as the run
 
     def log(self, step: int, kind: str, **values: object) -> None:
         """Append one record. A value that is not a finite number is written as null."""

@@ -67,7 +67,7 @@ def save(folder: Path, weights: dict[str, Tensor], config: ModelShape) -> None:
         ("config.json", _huggingface_config(config)),
         ("generation_config.json", {"bos_token_id": 50256, "eos_token_id": 50256}),
     ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _huggingface_config(config: ModelShape) -> dict[str, object]:

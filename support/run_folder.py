@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Protocol
 
 import torch
@@ -118,7 +118,7 @@ def describe(settings: object, facts: dict[str, object]) -> dict[str, object]:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     values = dataclasses.asdict(settings)
     return {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()},
+        "settings": {k: v.as_posix() if isinstance(v, PurePath) else v for k, v in values.items()},
         **facts,
         "versions": {
             "python": platform.python_version(),

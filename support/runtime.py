@@ -1,7 +1,9 @@
 """Processes, device, precision and signals: what differs between a laptop and eight GPUs."""
 
 import contextlib
+import importlib.util
 import os
+import platform
 import signal
 import socket
 import sys
@@ -25,6 +27,9 @@ T = TypeVar("T")
 FETCH_TIMEOUT = timedelta(hours=6)
 STEP_TIMEOUT = timedelta(minutes=15)
 AGENT_INTERVAL = 1.0  # seconds between looks at whether torchrun is still there
+# The oldest torch for Apple's GPUs: before, attention gave wrong results there for some shapes of queries and
+# masks (pytorch/pytorch#181151, #184180).
+MPS_NEEDS = (2, 13)
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,11 @@ def start(device: str, dtype: Dtype) -> Runtime:
         # What autocast leaves in fp32 uses TF32 units; on a CPU this setting would change results.
         torch.set_float32_matmul_precision("high")
     if rt.world_size > 1:
+        if chosen.type == "cuda" and not dist.is_nccl_available():
+            raise UserError(
+                f"--device {device}: several GPUs need NCCL, which torch {torch.__version__} lacks here: "
+                "on Windows use WSL; or run without torchrun, on one GPU"
+            )
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             store=_store_of_this_start(),
@@ -169,6 +179,11 @@ def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
             device = "cuda"
         elif torch.backends.mps.is_available() and world_size == 1:
             device = "mps"
+        elif torch.xpu.is_available():
+            raise UserError(
+                "--device auto: the only GPU here is one of Intel's (XPU), which is not supported: "
+                "--device cpu to do without it"
+            )
         else:
             device = "cpu"
     try:
@@ -190,6 +205,13 @@ def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
         return torch.device("cuda", index)
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available on this machine: use --device cpu")
+    if chosen.type == "mps" and _torch_version() < MPS_NEEDS:
+        raise UserError(
+            f"--device {device}: torch {torch.__version__} has errors in its attention on Apple's GPUs: "
+            "pip install torch==2.13.0, or --device cpu"
+        )
+    if chosen.type == "xpu":
+        raise UserError(f"--device {device}: Intel's GPUs are not supported: use cpu, cuda, cuda:N or mps")
     if chosen.type not in ("cpu", "mps"):
         raise UserError(f"--device {device}: not supported: use auto, cpu, cuda, cuda:N or mps")
     if chosen.type == "mps" and world_size > 1:
@@ -200,9 +222,13 @@ def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
 def pick_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
     """The precision of matrix products: the one asked for, or for "auto" the best that the device is fast at.
 
-    CUDA: bf16 from Ampere on, fp16 before. MPS: fp32. CPU: bf16 if it has units for it, else fp32: without
-    them bf16 works, but hundreds of times slower, so the CPU's feature flags decide.
+    CUDA: bf16 from Ampere on, fp16 before. MPS: fp32, since the M1 and M2 only emulate bf16, and we have not
+    measured it on later ones. CPU: bf16 if it has units for it, else fp32: without them bf16 works, but
+    hundreds of times slower, so the CPU's feature flags decide.
+    Raises UserError for bf16 on a macOS that lacks it.
     """
+    if dtype == "bfloat16" and device.type == "mps" and _macos_version() < (14, 0):
+        raise UserError("--dtype bfloat16: needs macOS 14 or newer: use float16 or float32")
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
@@ -211,6 +237,36 @@ def pick_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
     if device.type == "cpu" and cpu_flags() & {"amx_bf16", "avx512_bf16"}:
         return torch.bfloat16
     return torch.float32
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+def _macos_version() -> tuple[int, ...]:
+    return tuple(map(int, platform.mac_ver()[0].split(".")[:2]))
+
+
+def compiles_by_default(device: str) -> bool:
+    """Whether --compile is on by default for this --device: on CUDA, if what it needs is installed."""
+    return _is_on_cuda(device) and _has_triton()
+
+
+def check_compile(compiled: bool, device: str) -> None:
+    """Raise UserError if --compile cannot work on this --device."""
+    if compiled and _is_on_cuda(device) and not _has_triton():
+        raise UserError(
+            "--compile: needs Triton, which comes with torch on Linux only: --no-compile, or on Windows use "
+            "WSL, or pip install triton-windows"
+        )
+
+
+def _is_on_cuda(device: str) -> bool:
+    return device.startswith(("auto", "cuda")) and torch.cuda.is_available()
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> set[str]:
@@ -229,7 +285,7 @@ class StopSignal:
     """Remembers SIGTERM or SIGINT, so that the loop can stop after the current step.
 
     The death of torchrun counts as SIGTERM: processes that it has left behind would train on unnoticed, and
-    stand in the way of those that the next one starts.
+    stand in the way of those that the next one starts. So does Ctrl-Break on Windows, which has no SIGTERM.
 
     torchrun passes on a signal that the terminal has already sent, so a second one means the same; the third
     ends the process at once. Python runs its signal handlers between bytecodes, which a backward pass can
@@ -249,7 +305,8 @@ class StopSignal:
         waker.setblocking(False)
         self.waker = waker  # stays open as long as signals may come
         signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.ctrl_break = getattr(signal, "SIGBREAK", None)
+        for number in {signal.SIGTERM, signal.SIGINT, self.ctrl_break} - {None}:
             signal.signal(number, lambda number, frame: None)  # the thread does the work
         threading.Thread(target=self._listen, name="stop signal", daemon=True).start()
 
@@ -257,10 +314,11 @@ class StopSignal:
         while True:
             self.wake_up.settimeout(AGENT_INTERVAL if self.agent else None)
             try:
-                number = self.wake_up.recv(1)[0]
+                received = self.wake_up.recv(1)[0]
             except TimeoutError:
                 self._look_for_agent()
                 continue
+            number = signal.SIGTERM if received == self.ctrl_break else received
             self.number = self.number or number
             self.times += 1
             if self.times > 2:

@@ -54,7 +54,7 @@ def get_encoding() -> tiktoken.Encoding:
 def save_pretrained(folder: Path, model_max_length: int) -> None:
     """Write the tokenizer files that `transformers.AutoTokenizer.from_pretrained(folder)` reads."""
     for name, text in _huggingface_files(model_max_length).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 @functools.cache

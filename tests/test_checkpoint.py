@@ -34,8 +34,8 @@ def test_a_checkpoint_is_never_seen_unfinished(tmp_path: Path, monkeypatch: pyte
     snapshot = checkpoint.snapshot(model, state)
     checkpoint.save(tmp_path, 1, snapshot, keep=1)
     whole = checkpoint.folders(tmp_path)
-    for victim in ("save", "fsync", "rename"):
-        owner = {"save": torch, "fsync": os, "rename": Path}[victim]
+    for victim in ("save", "fsync", "replace"):
+        owner = {"save": torch, "fsync": os, "replace": os}[victim]
         original = getattr(owner, victim)
 
         def die(*args: object, **kwargs: object) -> None:
