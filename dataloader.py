@@ -158,7 +158,7 @@ def train_batches(
             x, y = next_batch.result()
             number += 1
             next_batch = pool.submit(load, number)
-            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            yield _move(x, device), _move(y, device)
 
 
 def val_batches(
@@ -180,7 +180,7 @@ def val_batches(
         padded = np.concatenate([numbers, np.full(micro_batch_size - len(numbers), numbers[0])])
         x, y = _to_tensors(stream.read(padded), device)
         y[len(numbers) :] = -100
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        yield _move(x, device), _move(y, device)
 
 
 def _to_tensors(tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -188,6 +188,11 @@ def _to_tensors(tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tenso
     sequences = torch.from_numpy(tokens.astype(np.int64))
     x, y = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
     return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    # Waits except on CUDA: MPS would read the memory after it has been freed (pytorch/pytorch#189690).
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def count_correct(model: GPT, examples: list[Example], rt: Runtime, progress: bo
 
 def total_score(correct: Tensor, n: int, rt: Runtime) -> Score:
     """The score from what `count_correct` returned on each process, of n examples in all."""
-    acc, acc_norm = (rt.all_reduce(correct.to(rt.device)).double() / n).tolist()
+    acc, acc_norm = (rt.all_reduce(correct.to(rt.device)).cpu().double() / n).tolist()
     return Score(acc, acc_norm, n)
 
 

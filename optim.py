@@ -59,9 +59,12 @@ def step(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, 
     # Not scaler.step: it looks at one optimizer at a time, although clipping has spread a NaN to all, and
     # it waits for the device unless the optimizer is one of torch's fused ones.
     found_inf = 1 - finite
+    # On MPS torch's AdamW may ignore found_inf (pytorch/pytorch#186360), and each step is waited for anyway.
+    skip = finite.device.type == "mps" and finite.item() == 0
     for optimizer in optimizers:
         optimizer.found_inf = found_inf
-        optimizer.step()
+        if not skip:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
 
