@@ -44,7 +44,7 @@ def operations_of_mps() -> set[str]:
     for entry in listed:
         name = entry["func"].split("(")[0]
         delegates[name] = entry.get("structured_delegate")
-        dispatch = entry.get("dispatch", {"CompositeImplicitAutograd": ""})
+        dispatch = entry.get("dispatch", {} if delegates[name] else {"CompositeImplicitAutograd": ""})
         keys[name] = {key.strip() for names in dispatch for key in names.split(",")}
         if "CompositeExplicitAutograd" in keys[name]:
             found |= {other.strip() for other in entry.get("autogen", "").split(",")}
