@@ -12,7 +12,7 @@ from support.cli import UserError
 
 # The oldest driver for each major version of CUDA (NVIDIA, "CUDA Compatibility", minor versions).
 NEEDED_DRIVER = {12: 525, 13: 580}
-# Wheels that torch 2.11 to 2.13 all have (PyTorch's RELEASE.md, "CUDA support matrix"): CUDA 12.6 for GPUs
+# Wheels that torch 2.9 to 2.13 all have (PyTorch's RELEASE.md, "CUDA support matrix"): CUDA 12.6 for GPUs
 # from Maxwell to Hopper, CUDA 13.0 for Turing (compute capability 7.5) and newer.
 WHEELS = {12: "cu126", 13: "cu130"}
 TURING = (7, 5)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parent.parent
+posix = pytest.mark.skipif(os.name != "posix", reason="needs the signals, terminals or links of POSIX")
 T = 16
 TINY = {
     "n_layer": 2,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import command, environment, run_script
+from helpers import command, environment, posix, run_script
 
 import generate
 from model import GPT, GPTConfig
@@ -144,6 +143,8 @@ class Terminal:
     """generate.py on a pseudo-terminal: what a user types, and what shows."""
 
     def __init__(self, *flags: str) -> None:
+        import pty  # not on Windows
+
         master, slave = pty.openpty()
         self.process = subprocess.Popen(
             command("generate.py", *flags), env=environment(), stdin=slave, stdout=slave, stderr=slave,
@@ -169,6 +170,7 @@ class Terminal:
         os.write(self.master, keys.encode())
 
 
+@posix
 def test_the_prompt_loop(folder: Path) -> None:
     """Two prompts, the second from the history; Ctrl-C stops a sample and not the loop; Ctrl-D leaves."""
     terminal = Terminal("--model", str(folder), "--num-samples", "1", "--max-new-tokens", "100000")

@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -183,7 +182,7 @@ def test_a_fetch_killed_at_random_moments_ends_with_the_same_bytes(
         try:
             process.wait(random.uniform(2.0, 4.5) if kills < 2 else 100)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
             kills += 1
             continue

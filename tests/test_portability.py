@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, TINY, as_flags, command, environment
+from helpers import ROOT, TINY, as_flags, command, environment, posix
+from packaging.requirements import Requirement
 from torch import nn
 
 import bench
@@ -208,6 +210,7 @@ def test_a_windows_path_is_recorded_so_that_any_system_can_read_it() -> None:
 # ---------------------------------------------------------------- processes and signals
 
 
+@posix
 def test_ctrl_break_stops_a_run_as_sigterm_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
@@ -339,3 +342,22 @@ def test_a_macs_memory_is_that_of_its_driver(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3_000_000_000)
     assert hardware.peak_memory(torch.device("mps")) == 3_000_000_000
     assert hardware.gigabytes(None) == "not measured" and hardware.gigabytes(3.0) == "3.00 GB"
+
+
+# ---------------------------------------------------------------- packages
+
+
+def test_there_is_one_list_of_packages() -> None:
+    """pip reads it, and uv by way of setuptools; what else names a torch names the ends of its range."""
+    from setuptools.config.pyprojecttoml import read_configuration
+
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    listed = [line for line in lines if not line.startswith("#")]
+    read = read_configuration(ROOT / "pyproject.toml")["project"]["dependencies"]
+    assert [Requirement(text) for text in read] == [Requirement(text) for text in listed]
+    torch_range = next(r for r in map(Requirement, listed) if r.name == "torch").specifier
+    lowest, highest = (next(s.version for s in torch_range if s.operator == sign) for sign in (">=", "<="))
+    assert torch_range.contains("2.13.0+cu126") and torch_range.contains(torch.__version__)
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    assert re.findall(r'torch: "([\d.]+)"', workflow) == [f"{lowest}.0", highest]
+    assert f"FROM pytorch/pytorch:{highest}-" in (ROOT / "Dockerfile").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import ROOT, TINY, T, as_flags, command, environment, history, run_script
+from helpers import ROOT, TINY, T, as_flags, command, environment, history, posix, run_script
 
 import train_gpt2
 from dataloader import TokenStream
@@ -314,6 +314,7 @@ def test_killed_and_resumed(undisturbed: tuple[Path, list], tmp_path: Path) -> N
     assert history(tmp_path) == expected
 
 
+@posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(
     undisturbed: tuple[Path, list], tmp_path: Path, number: signal.Signals
@@ -342,6 +343,7 @@ def test_lines_come_as_they_are_written(undisturbed: tuple[Path, list], tmp_path
     process.communicate()
 
 
+@posix
 def test_ctrl_c_is_answered_during_a_long_step(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
     """The step ends seconds later; the demo says how to continue, as the same command would start over."""
     data_dir, _ = undisturbed
@@ -368,6 +370,7 @@ def test_ctrl_c_is_answered_during_a_long_step(undisturbed: tuple[Path, list], t
     assert [r["step"] for r in history(tmp_path, kinds=("train",))] == [1, 2, 3]
 
 
+@posix
 def test_ctrl_c_during_imports_leaves_no_traceback() -> None:
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", *command("train_gpt2.py")[1:]],
@@ -380,6 +383,7 @@ def test_ctrl_c_during_imports_leaves_no_traceback() -> None:
     assert process.returncode in (-signal.SIGINT, 130)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 def test_two_processes_train_as_one_does(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
     """The same curve, a log that each step is in once, and after a kill the same end."""
     data_dir, expected = undisturbed
@@ -411,6 +415,7 @@ def workers(out: Path) -> list[int]:
     return found
 
 
+@posix
 def test_a_signal_to_two_processes_stops_both_after_one_step(
     undisturbed: tuple[Path, list], tmp_path: Path
 ) -> None:

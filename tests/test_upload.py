@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import T, run_script
+from helpers import T, posix, run_script
 from loopback_hub import TOKEN, LoopbackHub
 
 import upload_hf
@@ -147,6 +147,7 @@ def test_a_dry_run_sends_nothing(train: Train, hub: LoopbackHub, tmp_path: Path)
     assert not hub.requests
 
 
+@posix
 def test_nothing_outside_the_run_is_sent(train: Train, hub: LoopbackHub, tmp_path: Path) -> None:
     run = train()
     (tmp_path / "secret.png").write_text("secret")

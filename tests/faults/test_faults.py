@@ -5,7 +5,6 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -78,6 +77,8 @@ def test_signals_once_and_twice(run: Run, expected: Expected, number: signal.Sig
 
 def limit_file_size(n_bytes: int) -> None:
     """For Popen's preexec_fn: what is written beyond `n_bytes` of a file fails as on a full disk."""
+    import resource  # not on Windows
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 
