@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-posix = pytest.mark.skipif(os.name != "posix", reason="needs the signals, terminals or links of POSIX")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs the signals, terminals, links or pipes of POSIX")
 T = 16
 TINY = {
     "n_layer": 2,

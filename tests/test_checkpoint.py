@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, T, as_flags, run_script
+from helpers import TINY, T, as_flags, posix, run_script
 
 from model import GPT, GPTConfig
 from optim import build_optimizers
@@ -51,6 +51,7 @@ def test_a_checkpoint_is_never_seen_unfinished(tmp_path: Path, monkeypatch: pyte
     assert list((tmp_path / "checkpoints").iterdir()) == [saved]
 
 
+@posix
 @pytest.mark.parametrize("name", ["SHA256SUMS", "model.safetensors"])
 def test_a_pipe_in_a_checkpoint_is_damage(tmp_path: Path, name: str) -> None:
     model, _ = small_model()

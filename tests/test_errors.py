@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, T, as_flags, run_script, write_shard
+from helpers import TINY, T, as_flags, posix, run_script, write_shard
 
 import bench
 import generate
@@ -85,7 +85,9 @@ def list_in_manifest(folder: Path, name: str) -> None:
     (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
 
 
-@pytest.mark.parametrize("case", SHARD_DAMAGE)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=posix if "pipe" in case else ()) for case in SHARD_DAMAGE]
+)
 def test_bad_shards(
     case: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

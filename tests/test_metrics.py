@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import posix
 
 from support import metrics
 from support.cli import UserError
@@ -35,6 +36,7 @@ def test_reopening_drops_what_a_kill_left_beyond_the_checkpoint(tmp_path: Path) 
     assert metrics.read(path) == []
 
 
+@posix
 def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match="not a regular file"):
