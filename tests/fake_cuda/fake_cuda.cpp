@@ -37,9 +37,13 @@ namespace {
 const c10::Device kDevice(c10::DeviceType::CUDA, 0);
 
 // Always device 0 and its default stream. Events have happened by the time anyone asks.
-struct FakeGuard final : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+struct FakeGuard final : public c10::impl::DeviceGuardImplInterface {
   static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
+  c10::DeviceType type() const override { return kDevice.type(); }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   c10::Device getDevice() const override { return kDevice; }
+  void setDevice(c10::Device /*unused*/) const override {}
+  void uncheckedSetDevice(c10::Device /*unused*/) const noexcept override {}
   c10::Device exchangeDevice(c10::Device /*unused*/) const override { return kDevice; }
   c10::Stream getStream(c10::Device /*unused*/) const noexcept override { return stream(); }
   c10::Stream getDefaultStream(c10::Device /*unused*/) const override { return stream(); }
@@ -49,6 +53,9 @@ struct FakeGuard final : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::
               const c10::EventFlag /*unused*/) const override {}
   void block(void* /*unused*/, const c10::Stream& /*unused*/) const override {}
   bool queryEvent(void* /*unused*/) const override { return true; }
+  void destroyEvent(void* /*unused*/, const c10::DeviceIndex /*unused*/) const noexcept override {}
+  bool queryStream(const c10::Stream& /*unused*/) const override { return true; }
+  void synchronizeStream(const c10::Stream& /*unused*/) const override {}
 };
 
 const c10::impl::DeviceGuardImplRegistrar registered(c10::DeviceType::CUDA, new FakeGuard());

@@ -254,6 +254,7 @@ def _install_distributed() -> None:
         init("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
     dist.init_process_group = init_fake
+    dist.is_nccl_available = lambda: True
     dist.Reducer = Reducer
     dist.Logger = Silent
     ddp._verify_param_shape_across_processes = lambda *_, **__: None

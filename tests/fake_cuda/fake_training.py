@@ -43,6 +43,7 @@ import planted  # noqa: E402
 import train_gpt2  # noqa: E402
 from model import GPT  # noqa: E402
 from settings import read_settings  # noqa: E402
+from support import runtime  # noqa: E402
 
 # The rehearsal, as short as it can be with every part in it: steps 1 and 2 follow each other without a pause.
 FLAGS = (  # noqa: SIM905
@@ -96,6 +97,7 @@ class Training:
         """Train to the end. Raises whatever the script raises."""
         with (
             mock.patch.dict(os.environ, WORLD_SIZE=str(self.case.processes)),
+            mock.patch.object(runtime, "_has_triton", lambda: True),
             mock.patch.object(train_gpt2, "update", self.update),
             mock.patch.object(GPT, "generate", self.generate_few()),
             planted.FAULTS[self.case.plant](),
