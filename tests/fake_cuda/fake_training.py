@@ -100,6 +100,7 @@ class Training:
             mock.patch.object(runtime, "_has_triton", lambda: True),
             mock.patch.object(train_gpt2, "update", self.update),
             mock.patch.object(GPT, "generate", self.generate_few()),
+            mock.patch.object(runtime, "_has_triton", lambda: True),  # fake_compile.py needs none
             planted.FAULTS[self.case.plant](),
             self.graphs,
             fake_device.device(self.recorder),
