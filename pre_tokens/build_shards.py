@@ -20,6 +20,9 @@ from pre_tokens.shards import MANIFEST, Place
 from support import files, tokenizer
 from support.cli import UserError
 
+SHARD_SIZE = 100_000_000  # tokens
+SEQUENCE = 1024 + 1  # tokens of GPT-2's context, and the target of the last
+COUNTED = 10_000_000  # tokens from which the size of the whole source is estimated
 _END_OF_TEXT = np.array([tokenizer.END_OF_TEXT_ID], dtype=np.uint32)
 
 
@@ -44,33 +47,61 @@ class Source(Protocol):
         """The blocks from this one on: the same for every call, wherever it starts."""
 
 
-def build(source: Source, out_dir: Path, name: str, shard_size: int, workers: int = 0) -> dict:
+def build(source: Source, out_dir: Path, name: str, shard_size: int = 0, workers: int = 0) -> dict:
     """Write the source's tokens as shards of `shard_size`, continuing where an earlier call was interrupted.
+
+    shard_size 0: of 100 million tokens, after a validation shard of `validation_size`.
 
     A document that crosses the end of a shard continues in the next one: no token is lost. The bytes do not
     depend on `workers` (threads; 0: one per core). Memory: one shard and a few blocks, whatever the size of
     the source. Returns the manifest.
-    Raises UserError if the folder contains shards of something else, or the source contains no text.
+    Raises UserError if the folder contains shards of something else, or the source no text or too little.
     """
-    if shard_size < 1:
+    workers = workers or os.cpu_count() or 1
+    if shard_size < 0:
         raise UserError(f"--shard-size {shard_size}: must be at least 1")
     # Looked at before the folder is created: a source that cannot be read must leave nothing behind.
     recipe = {
         "source": source.describe(),
         "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256},
         "name": name,
-        "shard_size": shard_size,
+        "shard_size": shard_size or SHARD_SIZE,
     }
     tokenizer.get_encoding()
+    val_size = shard_size or validation_size(source, workers)
     with shards.locked(out_dir):
-        manifest = _begin(out_dir, recipe)
+        manifest = _begin(out_dir, recipe, val_size)
         if manifest["next"] is not None:
-            _write_shards(source, out_dir, manifest, workers or os.cpu_count() or 1)
+            _write_shards(source, out_dir, manifest, workers)
     return manifest
 
 
-def _begin(out_dir: Path, recipe: dict) -> dict:
+def validation_size(source: Source, workers: int) -> int:
+    """Tokens for a validation shard: about a hundredth of the source's, from 1,025 to 100 million.
+
+    They are counted before anything is written, which encodes a text of up to 10 million tokens twice; beyond
+    that, the bytes they come from say how many there are in all. One more than a multiple of 1,024, so that
+    sequences of that length leave none over.
+    Raises UserError if the source has too few tokens for a sequence of validation and one of training.
+    """
+    tokens = 0
+    for block, ids, _ in encoded(source.blocks(0, 0), workers):
+        tokens += len(ids)
+        if tokens >= COUNTED:
+            tokens = tokens * source.size // block.bytes_read
+            break
+    if 0 < tokens < 2 * SEQUENCE:
+        raise UserError(
+            f"the source has {tokens:,} tokens: at least {2 * SEQUENCE:,} are needed, about 9,000 characters "
+            "of English: add text, or set --shard-size, and train with a shorter --sequence-length"
+        )
+    sequences = min(max(tokens // 100, SEQUENCE), SHARD_SIZE) // (SEQUENCE - 1)
+    return sequences * (SEQUENCE - 1) + 1
+
+
+def _begin(out_dir: Path, recipe: dict, val_size: int) -> dict:
     """The manifest of an earlier build with this recipe, or that of a new one."""
+    new = {**recipe, "val_size": val_size, "shards": [], "next": asdict(Place())}
     manifest = shards.read_manifest(out_dir / MANIFEST)
     if manifest is not None:
         for key, value in {**recipe, **recipe["source"]}.items():
@@ -80,12 +111,12 @@ def _begin(out_dir: Path, recipe: dict) -> dict:
                 raise UserError(f"--out-dir {out_dir}: its shards differ in {key}{now}: name another folder")
         if not shards.missing(out_dir, manifest):
             return manifest
-        return {**recipe, "shards": [], "next": asdict(Place())}  # some were removed: build all again
+        return new  # some were removed: build all again
     if others := shards.names_in(out_dir):
         raise UserError(
             f"--out-dir {out_dir}: contains shards from elsewhere ({others[0]}): name another folder"
         )
-    return {**recipe, "shards": [], "next": asdict(Place())}
+    return new
 
 
 class ShardWriter:
@@ -97,12 +128,19 @@ class ShardWriter:
         self.filled = 0
 
     @property
+    def size(self) -> int:
+        """Tokens for the current shard. Manifests of earlier versions have one size for all."""
+        return (
+            len(self.buffer) if self.manifest["shards"] else self.manifest.get("val_size", len(self.buffer))
+        )
+
+    @property
     def is_full(self) -> bool:
-        return self.filled == len(self.buffer)
+        return self.filled == self.size
 
     def add(self, tokens: np.ndarray) -> int:
         """Take as many tokens as the current shard has room for; returns how many."""
-        part = tokens[: len(self.buffer) - self.filled]
+        part = tokens[: self.size - self.filled]
         self.buffer[self.filled : self.filled + len(part)] = part
         self.filled += len(part)
         return len(part)

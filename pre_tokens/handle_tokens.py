@@ -43,7 +43,7 @@ class Settings:
     name: str = ""
     """File name prefix of the shards. Empty: edufineweb or builtin, else the name of --out-dir."""
     shard_size: int = 0
-    """Tokens per shard; the first shard is for validation. 0: 100 million, 60,000 for builtin."""
+    """Tokens per shard; the first is for validation. 0: 60,000 for builtin, else 100 million; of --files and --repo-id validation gets a hundredth, 1,025 to 100 million."""  # noqa: E501
     workers: int = 0
     """Encoding threads. 0: one per core."""
 
@@ -51,8 +51,10 @@ class Settings:
 def main() -> None:
     settings = cli.parse(Settings, "Turn text into token shards for train_gpt2.py.")
     source, name = choose_source(settings)
-    builtin = isinstance(source, builtin_corpus.BuiltinCorpus)
-    shard_size = settings.shard_size or (builtin_corpus.SHARD_SIZE if builtin else 100_000_000)
+    shard_size = settings.shard_size
+    if not (shard_size or settings.files or settings.repo_id):
+        builtin = settings.source == "builtin"
+        shard_size = builtin_corpus.SHARD_SIZE if builtin else build_shards.SHARD_SIZE
     manifest = build_shards.build(source, settings.out_dir, name, shard_size, settings.workers)
     print(
         f"{manifest['tokens']:,} tokens of {manifest['documents']:,} documents in {len(manifest['shards'])} "

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def tokens_of(folder: Path) -> np.ndarray:
     ]  # fmt: skip
     parts = [np.load(folder / name) for name in names]
     assert all(part.dtype == np.uint16 and part.ndim == 1 for part in parts)
-    assert all(len(part) == manifest["shard_size"] for part in parts[:-1])
+    sizes = [manifest["val_size"], *[manifest["shard_size"]] * len(parts)]
+    assert all(len(part) == size for part, size in zip(parts[:-1], sizes, strict=False))
     for shard, part in zip(manifest["shards"], parts, strict=True):
         assert (shard["tokens"], shard["documents"]) == (len(part), np.count_nonzero(part == 50256))
         assert shard["sha256"] == sha256_of(folder / shard["file"])
@@ -273,6 +275,91 @@ def test_a_shard_that_was_removed_is_made_again(tmp_path: Path, corpus: Path) ->
     (tmp_path / "out" / "x_train_000001.npy").unlink()
     build(tmp_path / "out", corpus, shard_size=100_000)
     assert contents(tmp_path / "out") == before
+
+
+# ---------------------------------------------------------------- the size of the validation shard
+
+
+def words(n_tokens: int) -> str:
+    """A text with this many tokens, the 50256 before it included."""
+    return " the" * (n_tokens - 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "validation"),
+    [
+        (2050, 1025),
+        (60_000, 1025),
+        (204_799, 1025),
+        (204_800, 2049),
+        (400_000, 3073),
+        (3_000_000, 29 * 1024 + 1),
+    ],
+)
+def test_validation_gets_a_hundredth_in_whole_sequences(tmp_path: Path, tokens: int, validation: int) -> None:
+    (tmp_path / "a.txt").write_text(words(tokens))
+    manifest = build(tmp_path / "out", tmp_path / "a.txt", shard_size=0)
+    assert manifest["tokens"] == tokens == len(tokens_of(tmp_path / "out"))
+    assert [shard["tokens"] for shard in manifest["shards"]] == [validation, tokens - validation]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet"])
+def test_a_large_text_is_sized_by_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With every number of threads alike; and cut off after the first shard it ends with the same bytes."""
+    monkeypatch.setattr(build_shards, "COUNTED", 300_000)
+    monkeypatch.setattr(build_shards, "SHARD_SIZE", 1_000_000)
+    rng, file = random.Random(0), tmp_path / f"a.{kind}"
+    documents = ["".join(rng.choices([" the", " of", " and", " to", " in"], k=750)) for _ in range(200)] * 20
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": documents}), file, row_group_size=1000)
+    elif kind == "txt":
+        file.write_text("".join(documents))
+    else:
+        write_jsonl(file, documents)
+    for workers in (1, 5):
+        build(tmp_path / str(workers), file, shard_size=0, workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "5")
+    sizes = [shard["tokens"] for shard in json.loads(contents(tmp_path / "1")["manifest.json"])["shards"]]
+    assert sizes[0] % 1024 == 1 and sizes[1:3] == [1_000_000] * 2
+    share = sizes[0] / sum(sizes)
+    assert 0.005 < share < 0.02 if kind == "jsonl.gz" else 0.009 < share < 0.011
+
+    written = shards.write_manifest
+
+    def write_one(folder: Path, manifest: dict) -> None:
+        written(folder, manifest)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "write_manifest", write_one)
+        build(tmp_path / "part", file, shard_size=0)
+    build(tmp_path / "part", file, shard_size=0)
+    assert contents(tmp_path / "part") == contents(tmp_path / "1")
+
+
+def test_validation_gets_a_hundred_million_tokens_at_most() -> None:
+    class Terabytes:
+        size = 10**13
+
+        def blocks(self, file: int, block: int) -> Iterator[build_shards.Block]:
+            text = words(2**20)
+            for number in range(20):
+                yield build_shards.Block(0, number, [text], (number + 1) * len(text))
+
+    assert build_shards.validation_size(Terabytes(), 2) == 97_656 * 1024 + 1 <= 10**8
+
+
+def test_a_text_that_is_too_small(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(words(2049))
+    flags = ["--files", str(tmp_path / "a.txt"), "--out-dir", str(tmp_path / "out")]
+    done = run_script(SCRIPT, *flags)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*2,049 tokens: at least 2,050 are needed.*--shard-size.*\n", done.stderr)
+    assert not (tmp_path / "out").exists()
+    assert run_script(SCRIPT, *flags, "--shard-size", "1025").returncode == 0
+    assert [len(np.load(path)) for path in sorted((tmp_path / "out").glob("*.npy"))[::-1]] == [1025, 1024]
 
 
 # ---------------------------------------------------------------- the Hub as a source
