@@ -143,21 +143,26 @@ def train_batches(
 
     A step has sequences_per_step / (B · world_size) micro-batches; each takes B sequences for every rank.
     The next one is read in the background, into pinned memory for a CUDA device.
+
+    With each, torch's generators are seeded from the stream's seed and the number of its first sequence, for
+    the masks of dropout: they too depend on the step alone, whatever was drawn before it and whichever of
+    how many processes draws them.
     """
     B = micro_batch_size
     stride = B * world_size
 
-    def load(number: int) -> tuple[Tensor, Tensor]:
-        begin = steps_done * sequences_per_step + number * stride + rank * B
+    def load(begin: int) -> tuple[Tensor, Tensor]:
         return _to_tensors(stream.read(np.arange(begin, begin + B)), device)
 
     with ThreadPoolExecutor(1, thread_name_prefix="dataloader") as pool:
-        number = 0
-        next_batch = pool.submit(load, number)
+        begin = steps_done * sequences_per_step + rank * B
+        next_batch = pool.submit(load, begin)
         while True:
             x, y = next_batch.result()
-            number += 1
-            next_batch = pool.submit(load, number)
+            next_batch = pool.submit(load, begin + stride)
+            mixed = np.random.SeedSequence((stream.seed, begin)).generate_state(1, np.uint64)
+            torch.manual_seed(int(mixed[0]))
+            begin += stride
             yield _move(x, device), _move(y, device)
 
 

@@ -10,6 +10,7 @@ What is unusual here:
   from outside: it gets no probability mass, no gradient, no sampled id, no row in a saved file.
 - Parameters have the names of Hugging Face's `GPT2LMHeadModel`, with `nn.Linear`'s (out, in) layout.
 - The loss can be computed in chunks, without the logits of a whole batch: support/loss.py.
+- `model.recompute = True` keeps only the input of each block for backward, which computes the block again.
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; code: openai/gpt-2.
 """
@@ -23,6 +24,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from support import pretrained, sampling
 from support.cli import UserError
@@ -38,6 +40,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     padded_vocab_size: int = 0  # rows of the embedding matrix; 0: vocab_size
+    dropout: float = 0.0  # of embeddings, attention probabilities and residual paths; GPT-2 as published: 0.1
 
     @property
     def embedding_rows(self) -> int:
@@ -99,6 +102,25 @@ class Linear(nn.Linear):
         return y.view(N, rows).t().reshape(*x.shape[:-1], N)
 
 
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) in training mode, and there only where a gradient is computed.
+
+    So validation, HellaSwag and sampling between two steps need not switch it off, nor on again.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    @property
+    def rate_now(self) -> float:
+        return self.rate if self.training and torch.is_grad_enabled() else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape -> each number 0 with probability `rate`, else divided by 1 - rate."""
+        return F.dropout(x, self.rate_now) if self.rate_now else x
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -106,6 +128,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, T: int, attention: Attention | None = None) -> Tensor:
         """x (N, C), sequences of T tokens one after another, B·T = N -> (N, C)."""
@@ -115,10 +138,10 @@ class CausalSelfAttention(nn.Module):
             for t in self.c_attn(x).split(C, dim=1)
         )
         if attention is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.rate_now, is_causal=True)
         else:
             y = attention.attend(self.layer, q, k, v)
-        return self.c_proj(y.transpose(1, 2).reshape(N, C))
+        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(N, C)))
 
 
 class MLP(nn.Module):
@@ -126,9 +149,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
@@ -151,6 +175,7 @@ class GPT(nn.Module):
         Raises UserError if the heads do not divide the width.
         """
         super().__init__()
+        self.recompute = False
         if min(config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size) < 1:
             raise UserError(f"model shape: every size must be at least 1: {config}")
         if config.n_embd % config.n_head:
@@ -165,6 +190,7 @@ class GPT(nn.Module):
                 {
                     "wte": nn.Embedding(config.embedding_rows, config.n_embd),
                     "wpe": nn.Embedding(config.block_size, config.n_embd),
+                    "drop": Dropout(config.dropout),
                     "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                     "ln_f": LayerNorm(config.n_embd, eps=1e-5),
                 }
@@ -216,8 +242,12 @@ class GPT(nn.Module):
         # (B·T, C) from here on, as matrix products take it. torch.compile fuses only what has one shape: this
         # way backward writes the residual stream's gradient and its 16-bit copy in one kernel.
         x = (self.transformer.wte(idx) + self.transformer.wpe(positions)).flatten(0, 1)
+        x = self.transformer.drop(x)
+        recompute = self.recompute and torch.is_grad_enabled()
+        # The second time a block must drop what it dropped the first time.
+        options = {"use_reentrant": False, "preserve_rng_state": self.transformer.drop.rate_now > 0}
         for block in self.transformer.h:
-            x = block(x, T, attention)
+            x = checkpoint(block, x, T, attention, **options) if recompute else block(x, T, attention)
         return self.transformer.ln_f(x).view(*idx.shape, -1)
 
     def head(self, states: Tensor) -> Tensor:
@@ -294,13 +324,17 @@ class GPT(nn.Module):
         return sampling.stream(self, prompts, max_new_tokens, *options)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, padded_vocab_size: int = 0) -> "GPT":
+    def from_pretrained(
+        cls, name_or_folder: str | Path, padded_vocab_size: int = 0, dropout: float | None = None
+    ) -> "GPT":
         """A model from a folder in the Hugging Face format, or from the Hub by name (`gpt2`, `USER/NAME`).
 
-        Returns it in fp32 on the CPU. Raises UserError on anything missing, damaged or not a GPT-2.
+        dropout: its rate in training; None: the one that config.json has, 0 if that has several.
+        Returns it in fp32 on the CPU, in evaluation mode as transformers does: `train()` switches dropout on.
+        Raises UserError on anything missing, damaged or not a GPT-2.
         """
-        padding = {"padded_vocab_size": padded_vocab_size}
-        return pretrained.load(name_or_folder, lambda **sizes: cls(GPTConfig(**sizes, **padding)))
+        own = {"padded_vocab_size": padded_vocab_size} | ({} if dropout is None else {"dropout": dropout})
+        return pretrained.load(name_or_folder, lambda **config: cls(GPTConfig(**config | own))).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors (fp32) and its configuration, for transformers to read."""

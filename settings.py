@@ -30,7 +30,7 @@ class DataSettings:
 @dataclass
 class RunSettings:
     preset: str = "gpt2-124m"
-    """gpt2-124m, gpt2-124m-tuned, gpt2-124m-muon, gpt2-medium, gpt2-large, gpt2-xl, rehearsal, demo, or the path of a run's config.json."""  # noqa: E501
+    """gpt2-124m, gpt2-124m-tuned, gpt2-124m-muon, gpt2-medium, gpt2-large, gpt2-xl, finetune, rehearsal, demo, or the path of a run's config.json."""  # noqa: E501
     out_dir: Path = Path("log")
     """Run folder: settings, metrics, checkpoints, samples and figures."""
     max_steps: int = 19_073
@@ -71,6 +71,8 @@ class ModelSettings:
     """Attention heads per block."""
     n_embd: int = 768
     """Width, a multiple of --n-head."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residual paths in training; 0.1 in GPT-2 as published."""
 
 
 @dataclass
@@ -131,6 +133,8 @@ class MachineSettings:
     """Precision of matrix products. auto: bfloat16 if the hardware has it, else float16 (GPU) or float32."""
     compile: bool = False
     """Compile the model. On by default on CUDA, where Triton is installed."""
+    recompute: bool = False
+    """Compute each block again in backward: far less memory, about a fifth more work."""
     track: str = ""
     """Also send metrics to tensorboard, wandb, trackio: one of them, or several separated by commas."""
 
@@ -188,6 +192,28 @@ PRESETS = {
     "gpt2-medium": dataclasses.replace(REFERENCE, n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
     "gpt2-large": dataclasses.replace(REFERENCE, n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": dataclasses.replace(REFERENCE, n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
+    # GPT-2, on a text of one's own, which is small: 2.5 million tokens are 8 epochs of 300,000. Rate
+    # and schedule are those of transformers' trainer; nanoGPT's example for the far larger XL has 3e-5. The
+    # loss on such text falls for a few epochs and then rises: dropout delays that, keep_best undoes it.
+    "finetune": Settings(
+        data_dir=Path("data/mine"),
+        dataset_repo="none",
+        out_dir=Path("log/finetune"),
+        init_from="gpt2",
+        max_steps=300,
+        total_batch_size=8192,
+        dropout=0.1,
+        learning_rate=5e-5,
+        warmup_steps=20,
+        schedule="linear",
+        min_lr_ratio=0.0,
+        val_interval=25,
+        hellaswag_interval=0,
+        sample_interval=100,
+        checkpoint_interval=0,
+        keep_checkpoints=1,
+        keep_best=True,
+    ),
     "rehearsal": Settings(
         num_shards=2,
         out_dir=Path("log/rehearsal"),
@@ -285,6 +311,8 @@ def check_settings(s: Settings, world_size: int) -> None:
     for name in ("cooldown_fraction", "min_lr_ratio"):
         if getattr(s, name) > 1:
             raise UserError(f"{flag(name, getattr(s, name))}: a fraction, at most 1")
+    if s.dropout >= 1:
+        raise UserError(f"{flag('dropout', s.dropout)}: must be below 1")
     trackers.names(s.track)
     if s.resume and s.overwrite:
         raise UserError("--resume --overwrite: one keeps the run, the other deletes it: drop one of them")

@@ -164,14 +164,15 @@ def prepare_data(s: Settings) -> None:
 
 
 def build_model(s: Settings, device: torch.device) -> GPT:
-    """The model with its initial weights, on the device; the same weights on every device."""
+    """The model with its initial weights, on the device, to be trained; the same weights on every device."""
     # A multiple of 128 rows suits the GPU's matrix units; a CPU gains nothing from it.
     padded = -(-tokenizer.VOCAB_SIZE // 128) * 128 if device.type == "cuda" else 0
     if s.init_from == "scratch":
         torch.manual_seed(s.seed)
-        model = GPT(GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd, padded))
+        sizes = (s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
+        model = GPT(GPTConfig(*sizes, padded, s.dropout))
     else:
-        model = GPT.from_pretrained(run_folder.find_model(s.init_from), padded)
+        model = GPT.from_pretrained(run_folder.find_model(s.init_from), padded, s.dropout)
         if model.config.vocab_size != tokenizer.VOCAB_SIZE:
             raise UserError(
                 f"--init-from {s.init_from}: {model.config.vocab_size} token ids, the data has GPT-2's 50257"
@@ -182,7 +183,10 @@ def build_model(s: Settings, device: torch.device) -> GPT:
             f"--sequence-length {s.sequence_length}: the model has {model.config.block_size} positions: "
             f"lower it, or change {fix}"
         )
-    return model.to(device)
+    if s.recompute and s.dropout and device.type == "mps":  # torch would drop something else the second time
+        raise UserError("--recompute --dropout: not together on Apple's GPUs: drop one of them")
+    model.recompute = s.recompute
+    return model.train().to(device)
 
 
 # ---------------------------------------------------------------- training
@@ -351,13 +355,8 @@ def save(run: Run, step: int, wait: bool) -> None:
                 run.say(step, f"warning: {failure}")
                 run.metrics.log(step, "event", name="checkpoint failed", reason=str(failure))
             run.metrics.sync()
-            state = {
-                "step": step,
-                "identity": run.identity,
-                "optimizer": optimizer_state,
-                "scaler": run.scaler.state_dict(),
-                "seconds": run.clock.seconds(),
-            }
+            state = {"step": step, "identity": run.identity, "optimizer": optimizer_state}
+            state |= {"scaler": run.scaler.state_dict(), "seconds": run.clock.seconds()}
             message = f"step {step}/{s.max_steps} | checkpoint {folder}"
             snapshot = checkpoint.snapshot(run.model, state)
             best = run_folder.by_validation_loss(s.out_dir)[:1] if s.keep_best else ()

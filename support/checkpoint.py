@@ -244,6 +244,7 @@ def identity(settings: object, config: pretrained.ModelShape, data: object) -> d
     """
     names = ("sequence_length", "total_batch_size", "seed", "shuffle", "optimizer")
     model = dataclasses.asdict(dataclasses.replace(config, padded_vocab_size=0))
+    del model["dropout"]  # may change, like the learning rate
     return {"model": model, "data": data, **{name: getattr(settings, name) for name in names}}
 
 

@@ -81,16 +81,19 @@ def gigabytes(memory: float | None) -> str:
     return "not measured" if memory is None else f"{memory:.2f} GB"
 
 
-def attention_backend(rt: Runtime, n_head: int, head_size: int, sequence_length: int) -> str:
+def attention_backend(
+    rt: Runtime, n_head: int, head_size: int, sequence_length: int, dropout: float = 0.0
+) -> str:
     """The kernel that scaled_dot_product_attention picks for these shapes: flash, cudnn, efficient, math.
 
-    torch decides by device, precision and its own version: cuDNN on Hopper, flash on other GPUs and on CPUs.
+    torch decides by device, precision and its own version: cuDNN on Hopper, flash on other GPUs and on CPUs;
+    with dropout math on CPUs, which stores the probabilities.
     """
     if rt.device.type not in ("cpu", "cuda"):
         return "default"
     shape = (1, n_head, sequence_length, head_size)
     q = torch.empty(shape, device=rt.device, dtype=rt.dtype, requires_grad=True)
-    choice = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
+    choice = SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=dropout, is_causal=True))
     return choice.name.removesuffix("_ATTENTION").lower()
 
 

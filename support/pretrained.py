@@ -21,17 +21,19 @@ from support.cli import UserError
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS = "model.safetensors"
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a file may contain
+DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 class ModelShape(Protocol):
-    """The sizes of a model: GPTConfig has them."""
+    """The sizes of a model, and its dropout: GPTConfig has them."""
 
     block_size: int
     vocab_size: int
     n_layer: int
     n_head: int
     n_embd: int
+    dropout: float
 
 
 def without_padding(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
@@ -83,9 +85,7 @@ def _huggingface_config(config: ModelShape) -> dict[str, object]:
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        **dict.fromkeys(DROPOUTS, config.dropout),
         "tie_word_embeddings": True,
         "bos_token_id": 50256,
         "eos_token_id": 50256,
@@ -96,7 +96,7 @@ def _huggingface_config(config: ModelShape) -> dict[str, object]:
 def load(name_or_folder: str | Path, build: Callable[..., nn.Module]) -> nn.Module:
     """The model in a folder, or on the Hub under a name (`gpt2`, `USER/NAME`), in fp32 on the CPU.
 
-    build: makes the model from block_size, vocab_size, n_layer, n_head and n_embd.
+    build: makes the model from block_size, vocab_size, n_layer, n_head, n_embd and dropout.
     Raises UserError on anything missing, damaged or not a GPT-2.
     """
     folder = Path(name_or_folder)
@@ -166,12 +166,18 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in found.items()}
 
 
-def _read_config(file: Path) -> dict[str, int]:
-    """A model's sizes from a Hugging Face config.json; UserError if it describes anything but a GPT-2."""
+def _read_config(file: Path) -> dict[str, float]:
+    """A model's sizes and dropout from a Hugging Face config.json; UserError if it is not that of a GPT-2.
+
+    GPTConfig has one rate of dropout: where the file has several, it gets 0.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         sizes = {name: int(raw[name]) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         sizes["block_size"] = int(raw["n_positions"])
+        rates = {float(raw.get(name, 0.1)) for name in DROPOUTS}
+        if not all(0 <= rate < 1 for rate in rates):
+            raise ValueError(f"dropout {rates}")
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing: name a run, a checkpoint or a GPT-2 folder") from error
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -189,4 +195,4 @@ def _read_config(file: Path) -> dict[str, int]:
     for key, allowed in expected.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise UserError(f"{file}: {key} is {raw[key]!r}: not GPT-2's architecture")
-    return sizes
+    return {**sizes, "dropout": rates.pop() if len(rates) == 1 else 0.0}

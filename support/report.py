@@ -25,6 +25,7 @@ class ModelConfig(Protocol):
     block_size: int
     n_head: int
     n_embd: int
+    dropout: float
 
     @property
     def n_parameters(self) -> int: ...
@@ -38,7 +39,8 @@ def at_start(
     sequences: in the training data. B: the micro-batch. rounds: accumulation steps.
     """
     T, compiled = s.sequence_length, "compiled" if s.compile else "not compiled"
-    attention = hardware.attention_backend(rt, config.n_head, config.n_embd // config.n_head, T)
+    head_size = config.n_embd // config.n_head
+    attention = hardware.attention_backend(rt, config.n_head, head_size, T, config.dropout)
     processes = f"{rt.world_size} process{'es' * (rt.world_size > 1)}"
     accumulation = f"{rounds} accumulation step{'s' * (rounds > 1)}"
     rt.say(f"model      {config.n_parameters:,} parameters: {s.init_from}, {config}")
@@ -46,7 +48,7 @@ def at_start(
     rt.say(f"batch      {s.total_batch_size:,} tokens = {B} x {T} x {processes} x {accumulation}")
     rt.say(f"device     {hardware.describe(rt)['name']}, {rt.dtype}, {compiled}, {attention} attention")
     rt.say(f"run        {s.out_dir}: steps {steps_done} to {s.max_steps}")
-    if T < config.block_size:
+    if T < config.block_size and s.init_from == "scratch":
         rt.say(f"warning: positions {T} and above are never trained: --block-size {T} drops them")
 
 
