@@ -79,6 +79,8 @@ class Settings:
     """Wait for the device after each step, as older scripts do."""
     compile: bool = False
     """Compile the model. On by default on CUDA, where Triton is installed."""
+    recompute: bool = False
+    """Compute each block again in backward. --plan also does so where nothing fits otherwise."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"
@@ -129,12 +131,13 @@ def check_settings(s: Settings) -> None:
         raise UserError(f"--network {s.network}: must be above 0")
 
 
-def model_config(s: Settings) -> tuple[GPTConfig, int]:
-    """The model to time or plan and its sequence length."""
+def model_config(s: Settings) -> tuple[GPTConfig, int, str]:
+    """The model to time or plan, its sequence length and its optimizer."""
     p = PRESETS[s.preset]
     T = s.sequence_length or p.sequence_length
+    name = p.optimizer if s.optimizer == "preset" else s.optimizer
     sizes = (s.n_layer or p.n_layer, s.n_head or p.n_head, s.n_embd or p.n_embd)
-    return GPTConfig(max(T, p.block_size), tokenizer.VOCAB_SIZE, *sizes), T
+    return GPTConfig(max(T, p.block_size), tokenizer.VOCAB_SIZE, *sizes, dropout=p.dropout), T, name
 
 
 # ---------------------------------------------------------------- timing
@@ -183,11 +186,11 @@ class TimedModel:
 def measure(s: Settings) -> dict[str, object]:
     """Time training steps as the settings say."""
     rt = runtime.start(s.device, s.dtype)
-    config, T = model_config(s)
+    config, T, name = model_config(s)
     on_cuda = rt.device.type == "cuda"
     model = GPT(dataclasses.replace(config, padded_vocab_size=50304 if on_cuda else 0)).to(rt.device)
+    model.recompute = s.recompute
     p = PRESETS[s.preset]
-    name = p.optimizer if s.optimizer == "preset" else s.optimizer
     B = s.micro_batch_size or 1
     if on_cuda and not s.micro_batch_size:
         B = hardware.largest_micro_batch(model, T, 64, s.loss_chunks, name, rt)
@@ -353,11 +356,10 @@ def sweep(s: Settings) -> list[dict[str, object]]:
 
 def show_plan(s: Settings) -> None:
     """Print what the preset's run would take on the hardware of --plan."""
-    config, T = model_config(s)
+    config, T, name = model_config(s)
     p = PRESETS[s.preset]
-    plan = planning.plan(
-        s.plan, config, T, p.total_batch_size, p.max_steps, s.mfu, s.nodes, s.network, s.price, p.optimizer
-    )
+    machines = (s.mfu, s.nodes, s.network, s.price)
+    plan = planning.plan(s.plan, config, T, p.total_batch_size, p.max_steps, *machines, name, s.recompute)
     if s.json:
         print(json.dumps(dataclasses.asdict(plan)))
         return

@@ -18,8 +18,8 @@ class GPU(NamedTuple):
 
 
 # Data sheets often give the rate with sparsity, twice the one without. GeForce cards accumulate in fp32 at
-# half of the rate at which they accumulate in fp16, the advertised one. P100 has no matrix units: its 16-bit
-# products that accumulate in fp32 run at the fp32 rate.
+# half of the rate at which they accumulate in fp16, the advertised one. P100 and GTX 1650 have no matrix
+# units: their 16-bit products that accumulate in fp32 run at the fp32 rate.
 GPUS = (
     GPU("B300", 2250, 288, 900, "HGX B300 data sheet"),
     GPU("GB300", 2500, 288, 900, "GB300 NVL72 data sheet"),
@@ -60,6 +60,7 @@ GPUS = (
     GPU("RTX 3080", 60, 10, 32, "GA102 architecture white paper"),
     GPU("RTX 3060", 25.5, 12, 32, "GeForce RTX 3060 specifications: 12.7 TFLOPS in fp32, twice that"),
     GPU("RTX 2080 Ti", 53.8, 11, 16, "Turing architecture white paper"),
+    GPU("GTX 1650", 2.98, 4, 16, "GeForce GTX 1650 specifications: 896 cores at 1665 MHz, 2 operations each"),
 )
 
 # Words for another card, or for a part of one, than the same name without them.

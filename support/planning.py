@@ -22,6 +22,7 @@ class ModelShape(Protocol):
     vocab_size: int
     n_layer: int
     n_embd: int
+    dropout: float
 
     @property
     def n_parameters(self) -> int: ...
@@ -35,6 +36,7 @@ class Plan:
     nodes: int
     micro_batch_size: int
     accumulation_steps: int
+    recompute: bool  # with --recompute, asked for or because it does not fit without
     memory_gb: float  # per GPU, at that micro-batch
     step_seconds: float
     exposed_seconds: float  # of these, waiting for gradients
@@ -48,7 +50,7 @@ def describe(plan: Plan, sequence_length: int, total_batch_size: int) -> str:
     n, waiting = plan.accumulation_steps, 1000 * plan.exposed_seconds
     lines = [
         f"batch      {plan.micro_batch_size} × {sequence_length} tokens per GPU, "  # noqa: RUF001
-        f"{n} accumulation step{'s' * (n > 1)}",
+        f"{n} accumulation step{'s' * (n > 1)}{', --recompute' * plan.recompute}",
         f"memory     {plan.memory_gb:.1f} GB per GPU",
         f"step       {1000 * plan.step_seconds:,.0f} ms, of which {waiting:,.1f} waiting for gradients",
         f"speed      {total_batch_size / plan.step_seconds:,.0f} tokens/s",
@@ -67,6 +69,7 @@ def memory_bytes(
     micro_batch_size: int,
     optimizer: str = "adamw",
     buckets: bool = False,
+    recompute: bool = False,
 ) -> float:
     """Bytes of tensors on one GPU when a compiled step in 16 bits needs most, at the loss of a micro-batch.
 
@@ -75,16 +78,46 @@ def memory_bytes(
     gradients. Matrices once more in 16 bits.
     Activations, as traced from the compiled graph: 36·T·B·d per block (8 for the residual stream in fp32, 16
     for the MLP, 6 for q, k and v, 4 for the inputs of c_attn and c_fc, 2 for attention's output), 4·T·B·d
-    for the first block's input. Logits of one chunk of the loss in 16 bits, which become their own gradient.
+    for the first block's input. Dropout has a mask of 1 byte for each of its outputs outside attention.
+    Logits of one chunk of the loss in 16 bits, which become their own gradient.
+    With `recompute` 4·T·B·d per block, its input, and later, where the logits were, 40·T·B·d for the block
+    that is computed again and its gradients.
     """
     tokens, d = sequence_length * micro_batch_size, config.n_embd
     blocks = 12 * config.n_layer * d * d  # parameters of the blocks' matrices
     per_parameter = 16 + 4 * buckets
     state = per_parameter * config.n_parameters - (4 * blocks if optimizer == "muon" else 0)
     weights = 2 * (blocks + config.vocab_size * d)
-    activations = tokens * d * (36 * config.n_layer + 4)
     logits = 2 * tokens * config.vocab_size / default_chunks(tokens, torch.device("cuda"))
-    return state + weights + activations + logits
+    masks = 2 if config.dropout else 0
+    if recompute:
+        return state + weights + tokens * d * (4 * config.n_layer + 4) + max(logits, 40 * tokens * d)
+    return state + weights + tokens * d * ((36 + masks) * config.n_layer + 4) + logits
+
+
+def recompute_flops_per_token(config: ModelShape, sequence_length: int) -> float:
+    """FLOPs that `recompute` adds for one token: L·(16·d² + 4·d·T), a fifth of a small model's.
+
+    The forward pass of the blocks, but for the product that ends each, whose result backward does not need.
+    """
+    return config.n_layer * (16 * config.n_embd**2 + 4 * config.n_embd * sequence_length)
+
+
+def _fitting(
+    room: float,
+    sequences: int,
+    gpus: int,
+    config: ModelShape,
+    sequence_length: int,
+    optimizer: str,
+    recompute: bool,
+) -> dict[int, float]:
+    """The micro-batches that divide the `sequences` of a GPU and fit into `room` bytes; what they need."""
+    needed = {}
+    for B in (2**i for i in range(11) if sequences % 2**i == 0):
+        accumulates = gpus > 1 and sequences > B
+        needed[B] = memory_bytes(config, sequence_length, B, optimizer, accumulates, recompute)
+    return {B: n_bytes for B, n_bytes in needed.items() if n_bytes <= room}
 
 
 def all_reduce_seconds(n_bytes: float, processes: int, gigabytes_per_second: float) -> float:
@@ -103,10 +136,12 @@ def plan(
     network: float = 12.5,
     price: float = 0.0,
     optimizer: str = "adamw",
+    recompute: bool = False,
 ) -> Plan:
     """Plan a run on nodes of `hardware` ("8xA100-80GB"), `network` GB/s between them, `price` per GPU hour.
 
-    A step computes at `mfu` of the GPUs' peak. Gradients, 4 bytes per parameter, travel during the backward
+    A step computes at `mfu` of the GPUs' peak, and at the same rate what `recompute` adds, which is planned
+    too where not one sequence fits without. Gradients, 4 bytes per parameter, travel during the backward
     pass of the last micro-batch, two thirds of its time; the step waits for the rest. It always waits for the
     token embedding's, the largest, which is complete only when backward ends: its matrix is the head's too.
     Raises UserError on hardware that is not in the table, or too small for the model or the batch.
@@ -126,19 +161,20 @@ def plan(
             f"not divide among {gpus} GPUs: plan for a number of GPUs that divides them"
         )
     room = USABLE * gpu.memory_gb * 1e9 - CONTEXT_BYTES
-    memory = {}  # per micro-batch
-    for B in (2**i for i in range(11)):
-        if sequences % B == 0:
-            accumulates = gpus > 1 and sequences > B
-            memory[B] = memory_bytes(config, sequence_length, B, optimizer, buckets=accumulates)
-    B = max((B for B in memory if memory[B] <= room), default=0)
-    if B == 0:
+    given = (room, sequences, gpus, config, sequence_length, optimizer)
+    memory = {} if recompute else _fitting(*given, recompute=False)
+    recompute = not memory
+    memory = memory or _fitting(*given, recompute=True)
+    if not memory:
         raise UserError(
-            f"--plan {hardware}: the model does not fit into {gpu.memory_gb} GB with one sequence"
+            f"--plan {hardware}: the model does not fit into {gpu.memory_gb} GB with one sequence, not even "
+            "with --recompute"
         )
 
-    compute = total_batch_size * config.flops_per_token(sequence_length)
-    compute /= gpus * gpu.tflops * 1e12 * mfu
+    B = max(memory)
+    flops = config.flops_per_token(sequence_length)
+    flops += recompute_flops_per_token(config, sequence_length) if recompute else 0
+    compute = total_batch_size * flops / (gpus * gpu.tflops * 1e12 * mfu)
 
     def travel(n_bytes: float) -> float:
         between = all_reduce_seconds(n_bytes, nodes, network) if nodes > 1 else 0.0
@@ -153,6 +189,7 @@ def plan(
         nodes=nodes,
         micro_batch_size=B,
         accumulation_steps=sequences // B,
+        recompute=recompute,
         memory_gb=memory[B] / 1e9,
         step_seconds=compute + exposed,
         exposed_seconds=exposed,

@@ -13,6 +13,7 @@ from helpers import ROOT, T, run_script
 import bench
 import train_gpt2
 from model import GPT, GPTConfig
+from settings import PRESETS
 from support import gpus, hardware, planning
 from support.cli import UserError
 
@@ -141,7 +142,7 @@ def test_plans_leave_room_and_count_buckets() -> None:
     assert two.memory_gb == pytest.approx(planning.memory_bytes(config, 1024, 32, buckets=True) / 1e9)
     one_round = planning.plan("8xA100-80GB", config, 1024, 524_288, 100, mfu=0.5)
     assert one_round.memory_gb == pytest.approx(planning.memory_bytes(config, 1024, 64) / 1e9)
-    with pytest.raises(UserError, match="does not fit into 24 GB"):
+    with pytest.raises(UserError, match=r"does not fit into 24 GB .*not even with --recompute"):
         planning.plan("1xRTX4090-24GB", GPTConfig(1024, 50257, 48, 25, 1600), 1024, 524_288, 100, mfu=0.5)
 
 
@@ -161,7 +162,7 @@ def test_peaks_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Tesla V100-SXM2-16GB", 125), ("NVIDIA A40", 150), ("NVIDIA RTX A4000", 77),
         ("NVIDIA RTX A5000", 111), ("NVIDIA RTX 6000 Ada Generation", 364),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 504), ("NVIDIA GeForce RTX 2080 Ti", 53.8),
-        ("NVIDIA GeForce RTX 3060", 25.5),
+        ("NVIDIA GeForce RTX 3060", 25.5), ("NVIDIA GeForce GTX 1650", 2.98),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert hardware.peak_flops(torch.device("cuda"), torch.bfloat16) == tflops * 1e12
@@ -196,6 +197,28 @@ def test_every_gpu_can_be_planned_and_found() -> None:
         assert gpus.find(f"NVIDIA {gpu.model}").model == gpu.model
         plan = planning.plan(f"1x{gpu.plan_name}", GPTConfig(), 1024, 524_288, 100, mfu=0.5)
         assert plan.memory_gb < gpu.memory_gb
+        assert plan.recompute == (gpu.memory_gb < 8)  # only where not one sequence fits without
+        config = GPTConfig(dropout=PRESETS["finetune"].dropout)
+        plan = planning.plan(f"1x{gpu.plan_name}", config, 1024, 8192, 300, mfu=0.5)
+        assert plan.memory_gb < gpu.memory_gb
+
+
+def test_a_plan_with_recompute_takes_less_memory_and_more_time() -> None:
+    """The blocks' forward pass but for its last product again: 8 of 12·d² a layer, and attention's two."""
+    config, common = GPTConfig(), (1024, 524_288, 100, 0.5)
+    kept, again = (
+        planning.plan("1xRTX4060-8GB", config, *common, recompute=recompute) for recompute in (False, True)
+    )
+    added = 2 * 12 * (8 * 768**2 + 2 * 768 * 1024)
+    assert again.hours / kept.hours == pytest.approx(1 + added / config.flops_per_token(1024))
+    assert (kept.recompute, again.recompute) == (False, True)
+    assert again.micro_batch_size == 4 * kept.micro_batch_size
+    assert "--recompute" in planning.describe(again, 1024, 524_288)
+    small = planning.plan("1xGTX1650-4GB", config, *common)
+    assert (small.micro_batch_size, small.recompute) == (2, True)
+    # What the compiled graphs keep, counted on fake CUDA tensors.
+    needed = 16 * config.n_parameters + 4.81e9
+    assert planning.memory_bytes(config, 1024, 64, recompute=True) == pytest.approx(needed, rel=0.05)
 
 
 def test_optimizers_are_compared_to_the_recipes_last_loss(tmp_path: Path) -> None:

@@ -85,8 +85,9 @@ def saved_for_backward(forward: GraphModule, backward: GraphModule) -> list[Node
 def peak_of_backward(graph: GraphModule) -> int:
     """Bytes alive at the peak of a compiled backward pass: what the forward pass left, and its own.
 
-    Inductor stores what matrix products and attention read and write, and what is returned; the rest it fuses
-    into these. What is saved is freed after its last use. Parameters are not counted.
+    Inductor stores what matrix products and attention read and write, what is returned, and what several
+    others need that comes from more than four stored ones; the rest it fuses into these. What is saved is
+    freed after its last use. Parameters are not counted.
     """
     nodes = list(graph.graph.nodes)
     stored = {_memory_of(n) for n in nodes if n.op == "placeholder" and not n.name.startswith("primals")}
@@ -100,6 +101,8 @@ def peak_of_backward(graph: GraphModule) -> int:
     for node in nodes:
         reads[node] = {m for n in node.all_input_nodes for m in ({n} if n in stored else reads[n])}
         last_use |= dict.fromkeys(reads[node], node)
+        if len(reads[node]) > 4 and len(node.users) > 1 and isinstance(node.meta.get("val"), Tensor):
+            stored.add(node)
     size = {n: _describe(n)["bytes"] for n in stored}
     live = peak = sum(size[n] for n in stored if n.op == "placeholder")
     for node in nodes:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.parallel.distributed as ddp
 from recorder import LATE_EVENT, NEW_EVENT, SYNCHRONIZE, Recorder
 from torch import Tensor, nn
+from torch._functorch import partitioners
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -51,6 +52,8 @@ def install() -> None:
     Tensor.pin_memory = _pin_memory
     Tensor.is_pinned = lambda self, *_: _on().is_pinned(self)
     torch.autograd.backward = _watched_backward(torch.autograd.backward)
+    # Where torch.compile computes attention again it keeps the generator's state: there is none here.
+    partitioners.functionalize_rng_ops = lambda joint, forward, backward, *_: (forward, backward)
     _install_files()
     _install_distributed()
 

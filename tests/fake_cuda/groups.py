@@ -3,6 +3,8 @@
 fake_training.py says what the keys of a case mean.
 """
 
+import re
+
 from model import GPTConfig
 
 STEPS_ONLY = [
@@ -28,11 +30,12 @@ def rehearsals(optimizer: str) -> list[dict]:
 
 # ---------------------------------------------------------------- torch.compile
 
-COMPILED = ["one chunk", "chunks", "processes", "full size"]
+COMPILED = ["one chunk", "chunks", "processes", "full size", "recompute"]
 
 
 def compiled() -> list[dict]:
-    """Two layers with the loss in one chunk, in several, and as one of eight processes; all twelve layers."""
+    """Two layers with the loss in one chunk, in several, and as one of eight processes; all twelve layers;
+    four with --recompute."""
     flags = ["--compile", "--micro-batch-size", "64", "--hellaswag-interval", "0", "--no-reload-checkpoints"]
     small = [*flags, "--n-layer", "2", "--max-steps", "2"]
     full = [*flags, "--max-steps", "1", "--val-interval", "0", "--total-batch-size", str(64 * 1024)]
@@ -41,23 +44,25 @@ def compiled() -> list[dict]:
         {"flags": [*small, "--loss-chunks", "8"]},
         {"flags": [*small, "--loss-chunks", "1"], "processes": 8},
         {"flags": full},
+        {"flags": [*full, "--n-layer", "4", "--recompute"]},
     ]
 
 
 # ---------------------------------------------------------------- memory
 
 XL = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
-STEPS = ["xl, B = 1", "124M, B = 1", "124M, B = 8", "124M, B = 64", "search"]
+STEPS = ["xl, B = 1", "124M, B = 1", "124M, B = 8, recompute", "124M, B = 8", "124M, B = 64", "search"]
 
 
 def steps() -> list[dict]:
     """Two steps of two rounds of one of eight processes; at last on a device that is too small for B = 64."""
     cases = []
     for name in STEPS[:-1]:
-        B = int(name.split()[-1])
+        B = int(re.search(r"B = (\d+)", name)[1])
         flags = [*STEPS_ONLY, "--micro-batch-size", str(B), "--total-batch-size", str(8 * 2 * B * 1024)]
         if name.startswith("xl"):
             flags += ["--n-layer", str(XL.n_layer), "--n-head", str(XL.n_head), "--n-embd", str(XL.n_embd)]
+        flags += ["--recompute"] if name.endswith("recompute") else []
         cases.append({"flags": flags, "processes": 8, "flops": B == 8})
     flags = [*STEPS_ONLY, "--total-batch-size", str(8 * 2 * 64 * 1024)]
     return [*cases, {"flags": flags, "processes": 8, "gpu_memory": 0}]

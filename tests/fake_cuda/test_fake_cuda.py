@@ -4,6 +4,7 @@
 what is noted of it in recorder.py. Values, kernels, streams and time are not tested here.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -181,7 +182,10 @@ def sizes(tensors: list[dict]) -> list[int]:
 # ---------------------------------------------------------------- memory and FLOPs
 
 # Bytes live at the peak of a step of one of eight processes, not compiled: at most.
-PEAKS = {"124M, B = 1": 3.9e9, "124M, B = 8": 10.5e9, "124M, B = 64": 36.5e9, "xl, B = 1": 38.5e9}
+PEAKS = {
+    "124M, B = 1": 3.9e9, "124M, B = 8": 10.5e9, "124M, B = 8, recompute": 7.9e9, "124M, B = 64": 36.5e9,
+    "xl, B = 1": 38.5e9,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -212,6 +216,25 @@ def test_planned_memory_is_what_the_compiled_step_needs(compiled: dict[str, Repo
     assert saved < report["graphs"]["backward_peak"] < 1.5 * saved
     needed = 20 * N_PARAMETERS + report["graphs"]["backward_peak"]
     assert planning.memory_bytes(GPT2, 1024, 64) == pytest.approx(needed, rel=0.1)
+
+
+def test_planned_memory_with_recompute_is_what_the_compiled_step_needs(compiled: dict[str, Report]) -> None:
+    """One graph, which keeps the inputs of blocks alone; four layers."""
+    report, config = compiled["recompute"], dataclasses.replace(GPT2, n_layer=4)
+    entries(report)
+    graphs, tokens = report["graphs"], 64 * 1024
+    assert (graphs["forward"], graphs["backward"], graphs["graphs"]) == (1, 1, 1)
+    states = [t for t in graphs["saved"] if t["elements"] == tokens * GPT2.n_embd]
+    assert len(states) == 1 + 4  # blocks' inputs, and what the head reads
+    needed = 16 * (config.n_parameters + 47 * 768) + graphs["backward_peak"]
+    planned = planning.memory_bytes(config, 1024, 64, recompute=True)
+    assert planned == pytest.approx(needed, rel=0.1)
+
+
+def test_flops_that_recompute_adds_are_those_of_the_plan(steps: dict[str, Report]) -> None:
+    once, again = (steps[name]["flops"] for name in ("124M, B = 8", "124M, B = 8, recompute"))
+    planned = planning.recompute_flops_per_token(GPT2, 1024)
+    assert (again - once) / (2 * 8 * 1024) == pytest.approx(planned, rel=1e-3)
 
 
 def test_flops_of_a_step_are_those_of_the_formula(steps: dict[str, Report]) -> None:
