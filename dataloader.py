@@ -145,8 +145,8 @@ def train_batches(
     The next one is read in the background, into pinned memory for a CUDA device.
 
     With each, torch's generators are seeded from the stream's seed and the number of its first sequence, for
-    the masks of dropout: they too depend on the step alone, whatever was drawn before it and whichever of
-    how many processes draws them.
+    the masks of dropout: with the same B they too depend on the step alone, whatever was drawn before it and
+    however many processes there are.
     """
     B = micro_batch_size
     stride = B * world_size

@@ -185,7 +185,8 @@ def largest_micro_batch(
     best = int(rt.all_reduce(torch.tensor(best, device=rt.device), "MIN"))
     if best == 0:
         raise UserError(
-            f"--sequence-length {sequence_length}: not one sequence fits into GPU memory: lower it"
+            f"--sequence-length {sequence_length}: not one sequence fits into GPU memory: lower it, or "
+            "--recompute"
         )
     return best
 

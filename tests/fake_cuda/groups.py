@@ -63,7 +63,7 @@ def steps() -> list[dict]:
         if name.startswith("xl"):
             flags += ["--n-layer", str(XL.n_layer), "--n-head", str(XL.n_head), "--n-embd", str(XL.n_embd)]
         flags += ["--recompute"] if name.endswith("recompute") else []
-        cases.append({"flags": flags, "processes": 8, "flops": B == 8})
+        cases.append({"flags": flags, "processes": 8, "flops": name == "124M, B = 8"})
     flags = [*STEPS_ONLY, "--total-batch-size", str(8 * 2 * 64 * 1024)]
     return [*cases, {"flags": flags, "processes": 8, "gpu_memory": 0}]
 

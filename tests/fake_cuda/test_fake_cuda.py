@@ -224,17 +224,12 @@ def test_planned_memory_with_recompute_is_what_the_compiled_step_needs(compiled:
     entries(report)
     graphs, tokens = report["graphs"], 64 * 1024
     assert (graphs["forward"], graphs["backward"], graphs["graphs"]) == (1, 1, 1)
-    states = [t for t in graphs["saved"] if t["elements"] == tokens * GPT2.n_embd]
-    assert len(states) == 1 + 4  # blocks' inputs, and what the head reads
+    saved = [t for t in graphs["saved"] if t["elements"] == tokens * GPT2.n_embd]
+    assert [t["dtype"] for t in saved].count("float32") == 4 + 1  # blocks' inputs, and what ln_f reads
+    assert len(saved) == 4 + 2  # and in 16 bits the gradient of what the head reads
     needed = 16 * (config.n_parameters + 47 * 768) + graphs["backward_peak"]
     planned = planning.memory_bytes(config, 1024, 64, recompute=True)
     assert planned == pytest.approx(needed, rel=0.1)
-
-
-def test_flops_that_recompute_adds_are_those_of_the_plan(steps: dict[str, Report]) -> None:
-    once, again = (steps[name]["flops"] for name in ("124M, B = 8", "124M, B = 8, recompute"))
-    planned = planning.recompute_flops_per_token(GPT2, 1024)
-    assert (again - once) / (2 * 8 * 1024) == pytest.approx(planned, rel=1e-3)
 
 
 def test_flops_of_a_step_are_those_of_the_formula(steps: dict[str, Report]) -> None:
