@@ -98,13 +98,13 @@ def books(monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
     assert torch.float64 not in noted.dtypes
 
 
-def small_model() -> GPT:
-    return GPT(GPTConfig(32, 50257, 2, 2, 16)).to(MPS)
+def small_model(dropout: float = 0.0) -> GPT:
+    return GPT(GPTConfig(32, 50257, 2, 2, 16, dropout=dropout)).to(MPS)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_training_step(optimizer: str, books: Books) -> None:
-    model, rt = small_model(), runtime.Runtime(MPS, torch.float32)
+@pytest.mark.parametrize(("optimizer", "dropout"), [("adamw", 0.0), ("muon", 0.0), ("adamw", 0.1)])
+def test_a_training_step(optimizer: str, dropout: float, books: Books) -> None:
+    model, rt = small_model(dropout), runtime.Runtime(MPS, torch.float32)
     optimizers = optim.build_optimizers(model, optimizer, 1e-3, 1.0, 0.1)
     run = SimpleNamespace(
         settings=PRESETS["demo"], rt=rt, model=model, train_model=model, optimizers=optimizers, loss_chunks=2,

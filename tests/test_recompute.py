@@ -103,3 +103,4 @@ def test_not_with_dropout_on_apples_gpus() -> None:
     s = dataclasses.replace(PRESETS["demo"], n_layer=1, n_head=1, n_embd=4, dropout=0.1, recompute=True)
     with pytest.raises(UserError, match="--recompute --dropout: not together"):
         train_gpt2.build_model(s, torch.device("mps"))
+    assert train_gpt2.build_model(s, torch.device("cpu")).recompute
