@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from support import checkpoint
 
 ROOT = Path(__file__).parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="needs the signals, terminals, links or pipes of POSIX")
@@ -82,3 +85,17 @@ def history(run: Path, kinds: tuple[str, ...] = ("train", "val")) -> list[dict[s
     times = {"step_ms", "tokens_per_sec", "mfu"}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k not in times} for r in records if r["kind"] in kinds]
+
+
+def check_complete(files: dict[str, bytes], tmp_path: Path) -> list[int]:
+    """Write a commit's files to a folder and verify every checkpoint in it; returns their steps."""
+    folder = tmp_path / "commit"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    found = checkpoint.folders(folder)
+    for path in found:
+        assert (path / "training_state.pt").exists()
+        checkpoint.verify(path)
+    return [checkpoint.step_of(path) for path in found]

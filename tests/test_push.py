@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, as_flags, command, environment, history
+from helpers import ROOT, TINY, as_flags, check_complete, command, environment, history
 from loopback_hub import TOKEN, LoopbackHub
 
 import settings
@@ -49,20 +48,6 @@ def contents(run: Path, step: int) -> dict[str, bytes]:
     """The files of a run's checkpoint, named as in the repository."""
     folder = checkpoint.folder_of(run, step)
     return {str(file.relative_to(run)): file.read_bytes() for file in folder.iterdir()}
-
-
-def check_complete(files: dict[str, bytes], tmp_path: Path) -> list[int]:
-    """Write a commit's files to a folder and verify every checkpoint in it; returns their steps."""
-    folder = tmp_path / "commit"
-    shutil.rmtree(folder, ignore_errors=True)
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    found = checkpoint.folders(folder)
-    for path in found:
-        assert (path / "training_state.pt").exists()
-        checkpoint.verify(path)
-    return [checkpoint.step_of(path) for path in found]
 
 
 def events(run: Path, name: str) -> list[dict[str, object]]:
@@ -114,54 +99,11 @@ def check_same(run: Path, undisturbed: Path, step: int) -> None:
     assert ours[name] == theirs[name]
 
 
-@pytest.mark.parametrize("path", [r"^/lfs/", "/commit/"])
-def test_a_kill_in_the_middle_of_a_push(train: Train, hub: LoopbackHub, tmp_path: Path, path: str) -> None:
-    longer = {"max_steps": 24, "sample_interval": 0}
-    undisturbed = train("undisturbed", **longer)
-    values = {**TINY, **longer, "data_dir": tmp_path / "data", "dataset_repo": "none"}
-    values |= {"out_dir": tmp_path / "run", "push_to_hub": REPO, "resume": True}
-    process = subprocess.Popen(
-        command("train_gpt2.py", "--preset", "demo", *as_flags(values)),
-        env={**environment(), **hub.environment(tmp_path)},
-    )
-    wait_for(lambda: hub.repos and len(hub.repo(REPO).commits) > 1)
-    hub.fail(path, delay=60, times=999)
-    wait_for(lambda: hub.faults[0].times < 999)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    hub.faults.clear()
-    held = check_complete(hub.repo(REPO).files, tmp_path)
-    assert len(held) == 1 and held[0] < 24
-    shutil.rmtree(tmp_path / "run")
-    run = train(push_to_hub=REPO, resume=True, **longer)
-    assert [r["step"] for r in events(run, "resume")][-1] == held[0]
-    check_same(run, undisturbed, 24)
-    assert check_complete(hub.repo(REPO).files, tmp_path) == [24]
-
-
 def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def test_several_processes_bring_a_run_back(
-    train: Train, hub: LoopbackHub, tmp_path: Path, undisturbed: Path
-) -> None:
-    """Rank 0 alone fetches and sends."""
-    shutil.rmtree(train(push_to_hub=REPO, max_steps=4, min_lr_ratio=1.0))
-    values = {**TINY, "min_lr_ratio": 1.0, "data_dir": tmp_path / "data", "dataset_repo": "none"}
-    values |= {"out_dir": tmp_path / "run", "push_to_hub": REPO, "resume": True}
-    done = subprocess.run(
-        command("train_gpt2.py", "--preset", "demo", *as_flags(values), nproc=2),
-        env={**environment(), **hub.environment(tmp_path)}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len(hub.downloads("checkpoints/step_000004/training_state.pt")) == 1
-    losses = [[r["loss"] for r in history(run)] for run in (tmp_path / "run", undisturbed)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert check_complete(hub.repo(REPO).files, tmp_path) == [6]
 
 
 def test_the_client_is_only_imported_for_a_run_that_pushes() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, command, environment
+from helpers import ROOT, command, environment, posix
 
 import hellaswag
 import optim
@@ -66,6 +67,27 @@ def test_only_torchrun_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.start("cpu", "float32").agent == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert runtime.start("cpu", "float32").agent == os.getppid()
+
+
+@posix
+@pytest.mark.parametrize(("is_there", "number"), [(True, 0), (False, signal.SIGTERM)])
+def test_the_death_of_torchrun_stops_a_run_as_sigterm_does(
+    monkeypatch: pytest.MonkeyPatch, is_there: bool, number: int
+) -> None:
+    """With a real one in tests/faults."""
+    monkeypatch.setattr(runtime, "AGENT_INTERVAL", 0.01)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    wakeup = signal.set_wakeup_fd(-1)
+    try:
+        stop = runtime.StopSignal(announce=False, agent=os.getppid() if is_there else os.getpid())
+        deadline = time.monotonic() + (0.5 if is_there else 10)
+        while not stop.number and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stop.number == number
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_largest_power_of_two() -> None:

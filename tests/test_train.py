@@ -431,31 +431,6 @@ def test_a_signal_to_two_processes_stops_both_after_one_step(
     assert [r["loss"] for r in history(tmp_path)] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
 
 
-def test_two_processes_do_not_outlive_torchrun(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
-    """Killed alone, it leaves processes that save and end; the run continues as if nothing had happened."""
-    data_dir, _ = undisturbed
-    constant = {"min_lr_ratio": 1.0, "checkpoint_interval": 0}  # the same however many steps are to come
-    process = start(data_dir, tmp_path / "run", nproc=2, max_steps=100_000, **constant)
-    wait_for_step(tmp_path / "run", 5)
-    process.kill()
-    left_behind = workers(tmp_path / "run")
-    try:
-        output, errors = process.communicate(timeout=30)  # until the last process has closed its end
-    finally:
-        for child in workers(tmp_path / "run"):
-            os.kill(child, signal.SIGKILL)
-    assert len(left_behind) >= 2
-    last = history(tmp_path / "run")[-1]["step"]
-    assert errors.count("torchrun is gone: finishing this step") == 1 and "Traceback" not in errors
-    assert f"stopped by SIGTERM after step {last}" in output
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{last:06d}"]
-    for name in ("run", "whole"):
-        _, errors = start(data_dir, tmp_path / name, nproc=2, max_steps=last + 3, **constant).communicate(
-            timeout=120
-        )
-    assert history(tmp_path / "run") == history(tmp_path / "whole"), errors
-
-
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_two_compiled_processes_end(train: Train, data_dir: Path, tmp_path: Path) -> None:
     """As on GPUs, DDP around a compiled model. One still alive when its group is left hangs now and then."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fault_runs import TABLE, Run
 from helpers import T, history
+from loopback_hub import LoopbackHub
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -42,6 +43,31 @@ def expected(fault_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return history(run.out)
 
 
+@pytest.fixture(scope="session")
+def expected_of_two(fault_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """The metrics of a run on two processes that nothing happens to."""
+    run = Run(fault_data, tmp_path_factory.mktemp("undisturbed_two") / "run")
+    done = run.finish(nproc=2)
+    assert done.returncode == 0, done.stderr
+    return history(run.out)
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as running:
+        yield running
+
+
 @pytest.fixture
 def run(fault_data: Path, tmp_path: Path) -> Iterator[Run]:
-    return Run(fault_data, tmp_path / "run")
+    made = Run(fault_data, tmp_path / "run")
+    yield made
+    made.kill_all()  # of a test that has failed
+
+
+@pytest.fixture
+def pushing(fault_data: Path, tmp_path: Path, hub: LoopbackHub) -> Iterator[Run]:
+    """A run that sends its checkpoints to the hub."""
+    made = Run(fault_data, tmp_path / "run", hub)
+    yield made
+    made.kill_all()

@@ -27,35 +27,6 @@ pytestmark = [
 Expected = list[dict[str, object]]
 
 
-def test_sigkill_at_random_moments(run: Run, expected: Expected) -> None:
-    """Fifteen times anywhere, start-up included, and fifteen times while a checkpoint is being written."""
-    for number in range(30):
-        in_checkpoint = number % 2 == 1
-        row = tally("SIGKILL while a checkpoint is written" if in_checkpoint else "SIGKILL anywhere")
-        had_one = run.last_checkpoint() > 0
-        process = run.start()
-        if in_checkpoint:
-            while not list((run.out / "checkpoints").glob(".unfinished-step*")) and process.poll() is None:
-                time.sleep(0.0005)
-            time.sleep(random.uniform(0, 0.1))
-        else:
-            if random.random() < 0.8:
-                run.wait_for_step(run.last_checkpoint() + 1, process)
-            time.sleep(random.uniform(0, 0.3))
-        if process.poll() is not None:
-            break  # the run has come to its end before all thirty
-        process.kill()
-        process.communicate()
-        row.injected += 1
-        newest, _ = checkpoint.latest_intact(run.out)
-        assert newest is not None or not had_one, "there is always a whole checkpoint once there has been one"
-        row.lost.append(run.lost())
-        row.survived += 1
-    done = run.finish()
-    assert done.returncode == 0, done.stderr
-    run.check(expected)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("times", [1, 2])
 def test_signals_once_and_twice(run: Run, expected: Expected, number: signal.Signals, times: int) -> None:
@@ -159,6 +130,65 @@ def test_a_shard_that_goes_while_in_use(
     row.survived += 1
 
 
+def test_a_pipe_called_like_a_shard(fault_data: Path, tmp_path: Path, expected: Expected) -> None:
+    """Opening it would wait for a writer for ever."""
+    row = tally("a named pipe in place of a shard")
+    data = tmp_path / "data"
+    shutil.copytree(fault_data, data)
+    run = Run(data, tmp_path / "run")
+    process = run.start()
+    run.wait_for_step(8, process)
+    run.kill(process)
+    shard = data / "x_train_000001.npy"
+    shard.unlink()
+    os.mkfifo(shard)
+    row.injected += 1
+    row.lost.append(run.lost())
+    done = run.finish(timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{shard}: not a regular file" in done.stderr
+    shard.unlink()
+    shutil.copy(fault_data / shard.name, shard)
+    assert run.finish().returncode == 0
+    run.check(expected)
+    row.survived += 1
+
+
+# What stands for wandb: it works for a while, then fails as if its service were gone.
+TRACKER = """
+class Run:
+    def __init__(self): self.left = 20
+    def define_metric(self, *args, **kwargs): pass
+    def log(self, values):
+        self.left -= 1
+        if not self.left:
+            raise ConnectionError("the service is down")
+def init(**kwargs): return Run()
+"""
+
+
+def test_a_tracker_that_fails(fault_data: Path, tmp_path: Path, expected: Expected) -> None:
+    """In each of two processes, the first of which is killed later."""
+    row = tally("a tracker fails")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").write_text(TRACKER)
+    run = Run(fault_data, tmp_path / "run", track="wandb")
+    run.env["PYTHONPATH"] = str(tmp_path / "site")
+    process = run.start()
+    run.wait_for_step(40, process)
+    run.kill(process)
+    done = run.finish()
+    assert done.returncode == 0
+    assert done.stderr == (
+        "warning: --track wandb: ConnectionError: the service is down: training continues without it\n"
+    )
+    failed = [r for r in metrics.read(run.out / "metrics.jsonl") if r.get("name") == "tracker failed"]
+    assert [r["tracker"] for r in failed] == ["wandb"] * 2
+    run.check(expected)
+    row.injected += 2
+    row.survived += 2
+
+
 def test_a_clock_that_jumps_back(run: Run, expected: Expected, tmp_path: Path) -> None:
     """time.time() falls by an hour at every call; what a step took is still positive."""
     row = tally("the clock jumps back an hour")
@@ -212,15 +242,6 @@ def test_a_run_moves_between_numbers_of_processes(run: Run, expected: Expected) 
     row.survived += 2
 
 
-@pytest.fixture(scope="module")
-def expected_of_two(fault_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    """The metrics of a run on two processes that nothing happens to."""
-    run = Run(fault_data, tmp_path_factory.mktemp("undisturbed_two") / "run")
-    done = run.finish(nproc=2)
-    assert done.returncode == 0, done.stderr
-    return history(run.out)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_replaces_a_rank_that_dies(run: Run, expected_of_two: Expected, rank: int) -> None:
     """Twice in one run, without anyone giving a command."""
@@ -235,6 +256,28 @@ def test_torchrun_replaces_a_rank_that_dies(run: Run, expected_of_two: Expected,
     assert process.returncode == 0, errors
     run.check(expected_of_two)
     row.survived += 2
+
+
+def test_torchrun_killed_alone(run: Run, expected_of_two: Expected) -> None:
+    """It leaves processes that soon save and end; none is left to train unnoticed."""
+    row = tally("SIGKILL of torchrun alone")
+    process = run.start(nproc=2)
+    run.wait_for_step(random.randint(3, 60), process)
+    process.kill()
+    left_behind = run.rank_processes()
+    row.injected += 1
+    try:
+        output, errors = process.communicate(timeout=30)  # until the last process has closed its end
+    finally:
+        run.kill(process)
+    assert len(left_behind) == 2
+    assert errors.count("torchrun is gone: finishing this step") == 1 and "Traceback" not in errors
+    assert f"stopped by SIGTERM after step {run.last_step()}" in output
+    assert run.lost() == 0
+    row.lost.append(0)
+    assert run.finish(nproc=2).returncode == 0
+    run.check(expected_of_two)
+    row.survived += 1
 
 
 @pytest.mark.parametrize("victim", [0, 1])
