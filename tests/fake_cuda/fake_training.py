@@ -97,7 +97,6 @@ class Training:
         """Train to the end. Raises whatever the script raises."""
         with (
             mock.patch.dict(os.environ, WORLD_SIZE=str(self.case.processes)),
-            mock.patch.object(runtime, "_has_triton", lambda: True),
             mock.patch.object(train_gpt2, "update", self.update),
             mock.patch.object(GPT, "generate", self.generate_few()),
             mock.patch.object(runtime, "_has_triton", lambda: True),  # fake_compile.py needs none
