@@ -7,6 +7,7 @@ All variants take turns in one process, so that a drift in the machine's speed a
 is the time of the model's matrix-vector products alone: each weight is read once per token.
 """
 
+import json
 import statistics
 import sys
 import tempfile
@@ -35,6 +36,8 @@ class Settings:
     """How often each variant is measured; the median counts."""
     device: str = "cpu"
     """cpu or cuda."""
+    json: bool = False
+    """Print one JSON object: tokens/s of each variant."""
 
 
 def without_cache(model: GPT, idx: torch.Tensor, new_tokens: int) -> torch.Tensor:
@@ -78,6 +81,9 @@ def main() -> None:
         ),
         "without a cache, greedy": (1, lambda: without_cache(model, idx, s.new_tokens)),
         "ours, batch 8, greedy": (8, lambda: model.generate(eight, s.new_tokens, temperature=0)),
+        "transformers generate, batch 8, greedy": (
+            8, lambda: theirs.generate(eight, max_new_tokens=s.new_tokens, **greedy),
+        ),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
@@ -88,14 +94,17 @@ def main() -> None:
                 if s.device != "cpu":
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - begin)
+    speed = {n: rows * s.new_tokens / statistics.median(seconds[n][1:]) for n, (rows, _) in ways.items()}
+    if s.json:
+        print(json.dumps(speed))
+        return
     print(
         f"{s.prompt_tokens} + {s.new_tokens} tokens, median of {s.rounds} rounds; torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {s.device}, {torch.get_num_threads()} threads"
     )
-    speed = {n: rows * s.new_tokens / statistics.median(seconds[n][1:]) for n, (rows, _) in ways.items()}
     for name, tokens_per_sec in speed.items():
         share = speed["ours, greedy"] / tokens_per_sec
-        print(f"{name:32} {tokens_per_sec:8.2f} tokens/s   ours is {share:.2f}x")
+        print(f"{name:38} {tokens_per_sec:8.2f} tokens/s   ours is {share:.2f}x")
 
 
 if __name__ == "__main__":

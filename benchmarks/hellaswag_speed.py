@@ -5,6 +5,7 @@
 Both ways take turns in one process. The losses of every ending must agree.
 """
 
+import json
 import statistics
 import sys
 import time
@@ -36,6 +37,8 @@ class Settings:
     """cpu or cuda."""
     dtype: Dtype = "auto"
     """Precision of matrix products."""
+    json: bool = False
+    """Print one JSON object: examples/s of each way, and how far their losses differ."""
 
 
 @torch.no_grad()
@@ -73,12 +76,16 @@ def main() -> None:
         for name, duration in zip(seconds, (middle - begin, time.perf_counter() - middle), strict=True):
             seconds[name].append(duration)
     medians = [statistics.median(durations[1:]) for durations in seconds.values()]
+    lengths = torch.tensor([example.lengths for example in in_order])
+    summed, mean = (float(d.abs().max()) for d in (ours - theirs, (ours - theirs) / lengths))
+    if s.json:
+        rates = {name: len(examples) / median for name, median in zip(seconds, medians, strict=True)}
+        print(json.dumps({**rates, "ratio": medians[0] / medians[1], "largest mean loss difference": mean}))
+        return
     for name, median in zip(seconds, medians, strict=True):
         print(f"{name:40} {len(examples) / median:8.2f} examples/s")
     print(f"ratio {medians[0] / medians[1]:.2f}; largest difference of an ending's summed loss", end=" ")
-    print(f"{(ours - theirs).abs().max():.1e}; its mean token loss", end=" ")
-    lengths = torch.tensor([example.lengths for example in in_order])
-    print(f"{((ours - theirs) / lengths).abs().max():.1e}")
+    print(f"{summed:.1e}; its mean token loss {mean:.1e}")
     print(
         f"{len(examples)} examples, median of {s.rounds} rounds; torch {torch.__version__}, "
         f"{hardware.describe(rt)['name']}, {rt.dtype}, {torch.get_num_threads()} threads"
