@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the m
 
 import bench
 from settings import PRESETS
-from support import cli, driver, files, gpus, hardware, planning, runtime
+from support import cli, files, gpus, hardware, planning, runtime
 from support.cli import UserError
 from support.progress import Stopwatch
 from support.runtime import Runtime
@@ -99,11 +99,14 @@ class Part:
 
     def script(self, *command: str) -> str:
         """What one of the project's scripts prints. Raises UserError with its message if it fails."""
-        line = [sys.executable, *command]
-        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=max(1.0, self.left))
+        line, name = [sys.executable, *command], Path(command[0]).name
+        try:
+            done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=max(1.0, self.left))
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"{name}: not done after {error.timeout:.0f} s") from error
         if done.returncode:
             print(done.stderr, file=sys.stderr)
-            raise UserError(f"{Path(command[0]).name}: {cli.last_error(done.stderr)}")
+            raise UserError(f"{name}: {cli.last_error(done.stderr)}")
         return done.stdout
 
     def bench(self, **changes: object) -> bench.Settings:
@@ -150,7 +153,7 @@ def describe(rt: Runtime) -> dict[str, object]:
     """Names and versions of what matters to a measurement."""
     described = {
         **hardware.describe(rt), "torch": torch.__version__, "python": sys.version.split()[0],
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": driver.nvidia_driver(),
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "attention": hardware.attention_backend(rt, RECIPE.n_head, RECIPE.n_embd // RECIPE.n_head, 1024),
     }  # fmt: skip
     with contextlib.suppress(ImportError):
@@ -159,7 +162,7 @@ def describe(rt: Runtime) -> dict[str, object]:
         described["triton"] = triton.__version__
     if rt.device.type == "cuda":
         described["data_sheet_tflops"] = hardware.peak_flops(rt.device, torch.bfloat16) / 1e12
-        for query in ("power.limit", "clocks.max.sm", "clocks.max.mem"):
+        for query in ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem"):
             command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -256,10 +259,15 @@ def figures(result: dict[str, object]) -> dict[str, object]:
 def forecast(part: Part) -> list[dict[str, object]]:
     """The step of the recipe beside what `bench.py --plan` says of this GPU."""
     config, length = bench.model_config(part.bench())
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "A100"
+    name, memory = "A100", 80.0  # something to try out a CPU with
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        name, memory = properties.name, properties.total_memory / 1e9
     gpu = gpus.find(name)
     if gpu is None:
         raise UserError(f"{name}: not in the table of bench.py --plan")
+    sizes = [other for other in gpus.GPUS if other.model == gpu.model]
+    gpu = min(sizes, key=lambda other: abs(other.memory_gb - memory))
     mfu = bench.Settings.mfu
     plan = planning.plan(f"1x{gpu.plan_name}", config, length, RECIPE.total_batch_size, RECIPE.max_steps, mfu)
     measured = part.results.get("recipe_step", {})

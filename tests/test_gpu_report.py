@@ -92,7 +92,7 @@ def test_speed(part: Part) -> None:
     assert parts == pytest.approx(step["step_ms"], rel=0.5)
     (row,) = results["sweep"]
     assert row["micro_batch"] == results["one_micro_batch"]["micro_batch_size"] and row["tokens_per_sec"] > 0
-    plan = {row["what"]: row["plan for 1xA100-40GB"] for row in results["forecast"]}
+    plan = {row["what"]: row["plan for 1xA100-80GB"] for row in results["forecast"]}
     assert plan["mfu"] == bench.Settings.mfu and plan["tokens_per_sec"] > 0
 
 
@@ -174,8 +174,8 @@ def test_outcomes_of_tests_are_read(part: Part) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_the_script_kills_and_resumes_the_rehearsal(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    flags = ["--tiny", "--only", "rehearsal", "--data-dir", str(shards), "--out", str(out), "--minutes", "2"]
-    done = run_script("benchmarks/gpu_report.py", *flags)
+    flags = ["--tiny", "--only", "rehearsal", "--data-dir", str(shards), "--out", str(out), "--minutes", "5"]
+    done = run_script("benchmarks/gpu_report.py", *flags, timeout=300)
     assert done.returncode == 0, done.stderr
     part = json.loads((out / "report.json").read_text())["parts"]["rehearsal"]
     assert part["state"] == "done", part
@@ -211,8 +211,8 @@ def test_a_part_that_crashes_hangs_or_fails_costs_only_its_share(part: Part) -> 
     assert gpu_report.run_part(crash, part.s, "crash", 60).startswith("SIGKILL")
     assert "something is missing" in gpu_report.run_part(fail, part.s, "fail", 60)
     begin = time.monotonic()
-    assert "were over" in gpu_report.run_part(hang, part.s, "hang", 20)
-    assert 20 <= time.monotonic() - begin < 40
+    assert "were over" in gpu_report.run_part(hang, part.s, "hang", 12)
+    assert 12 <= time.monotonic() - begin < 30
     written = (part.s.out / "alive").stat().st_size
     time.sleep(1)
     assert (part.s.out / "alive").stat().st_size - written < 100  # one more line, at the moment of its end
