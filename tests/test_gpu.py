@@ -126,12 +126,12 @@ def test_every_attention_kernel(kernel: str, dtype: torch.dtype) -> None:
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
                 (y * weights.to(device, kind)).sum().backward()
         except RuntimeError as error:
-            if "backend" not in str(error) and "kernel" not in str(error):
+            if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
                 raise
             pytest.skip(f"not for this device: {error}".splitlines()[0])
         results.append((y, leaf.grad))
     for ours, exact in zip(results[1], results[0], strict=True):
-        assert distance(ours, exact) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+        assert distance(ours, exact) < (2e-2 if dtype == torch.bfloat16 else 4e-3)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-3), ("muon", 0.1)])
@@ -226,14 +226,14 @@ def test_hellaswag_equals_the_cpus(style: hellaswag.Style, tmp_path: Path) -> No
     examples = hellaswag.load(path, style)
     losses, scores = [], []
     for device in (CPU, DEVICE):
-        model = make(device, spread=2.0)
+        model = make(device, spread=5.0)
         losses.append(hellaswag.ending_losses(model, examples))
         scores.append(hellaswag.evaluate(model, examples, Runtime(device, torch.float32)))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-3)
     assert scores[1] == scores[0] and 0 < scores[0].acc < 1
     with Runtime(DEVICE, torch.bfloat16).autocast():
         rounded = hellaswag.ending_losses(model, examples)
-    torch.testing.assert_close(rounded, losses[0], rtol=0.02, atol=0.2)
+    torch.testing.assert_close(rounded, losses[0], rtol=0, atol=0.3)
 
 
 # ---------------------------------------------------------------- whole runs
