@@ -45,11 +45,11 @@ class Settings:
     minutes: float = 25.0
     """Time for all of it. Each part has a share; what one leaves over goes to the later ones."""
     only: str = ""
-    """Do only these parts, separated by commas, and keep the results of the others that are in --out."""
+    """Some of the parts (device, speed, rehearsal, peers, recipes, between-steps), separated by commas; the results of the others in --out are kept."""  # noqa: E501
     peer: list[Path] = field(default_factory=list)
     """Folders with build-nanogpt's train_gpt2.py or nanoGPT's model.py, to be measured beside ours."""
     hellaswag_data: Path | None = None
-    """A local file of HellaSwag examples. Default: the published validation file, fetched once."""
+    """A local file of HellaSwag examples. Default: the published validation file, fetched once; none with --tiny."""  # noqa: E501
     tiny: bool = False
     """Dry run of every part with a one-layer model, on a CPU too: for errors, not for figures."""
 
@@ -117,7 +117,7 @@ class Part:
         return bench.Settings(**values)
 
     def training_flags(self, **changes: object) -> list[str]:
-        """Flags of train_gpt2.py for --data-dir as it is, with HellaSwag if its file is given."""
+        """Flags of train_gpt2.py for --data-dir as it is. In a dry run no HellaSwag is fetched."""
         values = {"data_dir": self.s.data_dir.resolve(), "dataset_repo": "none", "num_shards": 0}
         if self.s.hellaswag_data:
             values["hellaswag_data"] = self.s.hellaswag_data.resolve()
@@ -129,8 +129,11 @@ class Part:
                 "val_tokens": 2048,
                 "compile": False,
             }
+        values |= changes
+        if self.s.tiny and not self.s.hellaswag_data:
+            values["hellaswag_interval"] = 0
         flags = []
-        for name, value in {**values, **changes}.items():
+        for name, value in values.items():
             own = "--" + name.replace("_", "-")
             flags += [own if value else "--no" + own[1:]] if isinstance(value, bool) else [own, str(value)]
         return flags

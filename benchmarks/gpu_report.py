@@ -82,18 +82,25 @@ def check(s: Settings) -> list[str]:
 # ---------------------------------------------------------------- running the parts
 
 
+def log_of(s: Settings, name: str) -> Path:
+    """Where the output of a part is."""
+    return s.out / "logs" / f"{name}.txt"
+
+
 def in_child(work: Callable[[Part], None], s: Settings, name: str, until: float) -> None:
     """A part, in its own process: its output goes to a log, its children can be ended together with it."""
     if os.name == "posix":
         os.setsid()
-    log = os.open(s.out / "logs" / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    with open(log_of(s, name), "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
     work(Part(s, name, until))
 
 
 def run_part(work: Callable[[Part], None], s: Settings, name: str, seconds: float) -> str:
     """Do a part, for at most so many seconds; returns how it ended: "done", or what went wrong."""
+    log_of(s, name).write_text("", encoding="utf-8")
     until = time.monotonic() + seconds - GRACE
     process = multiprocessing.get_context("spawn").Process(target=in_child, args=(work, s, name, until))
     process.start()
@@ -105,7 +112,7 @@ def run_part(work: Callable[[Part], None], s: Settings, name: str, seconds: floa
     if late:
         return f"ended when its {seconds:.0f} s were over"
     if process.exitcode:
-        log = (s.out / "logs" / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
+        log = log_of(s, name).read_text(encoding="utf-8", errors="replace")
         how = signal.Signals(-process.exitcode).name if process.exitcode < 0 else "failed"
         return f"{how}: {cli.last_error(log)}"
     return "done"

@@ -36,7 +36,7 @@ from support.runtime import Runtime
 def rehearsal(part: Part) -> None:
     """The rehearsal on the given shards, killed by SIGKILL some steps after a checkpoint, and resumed."""
     run = part.s.out.resolve() / "rehearsal"
-    interval, kill_after, last = (8, 10, 24) if part.s.tiny else (25, 37, 50)
+    interval, kill_after, last = (6, 8, 18) if part.s.tiny else (25, 37, 50)
     every = dict.fromkeys(("val", "hellaswag", "sample", "checkpoint"), interval)
     intervals = {f"{name}_interval": value for name, value in every.items()}
     command = ["train_gpt2.py", "--preset", "rehearsal", "--resume"]
@@ -226,9 +226,10 @@ def between_steps(part: Part) -> None:
         model = train_gpt2.build_model(read_settings(part.training_flags()), torch.device("cpu"))
         model.save_pretrained(folder)
         common += ["--model", str(folder)]
-    if part.s.hellaswag_data:
-        script = ["benchmarks/hellaswag_speed.py", "--data", str(part.s.hellaswag_data.resolve())]
-        part.measure("hellaswag", lambda: json.loads(part.script(*script, "--limit", "1000", *common)))
+    data = ["--data", str(part.s.hellaswag_data.resolve())] if part.s.hellaswag_data else []
+    if data or not part.s.tiny:
+        flags = ["benchmarks/hellaswag_speed.py", "--limit", "1000", *data, *common]
+        part.measure("hellaswag", lambda: json.loads(part.script(*flags)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     script = ["benchmarks/generation.py", "--new-tokens", "4" if part.s.tiny else "64", "--device", device]
     part.measure("sampling", lambda: json.loads(part.script(*script, *common)))
@@ -245,8 +246,6 @@ def between_steps(part: Part) -> None:
 def costs(part: Part) -> dict[str, float]:
     """Seconds of one validation, HellaSwag, samples and checkpoint, each the second of its kind in a run."""
     flags = part.training_flags(out_dir=part.s.out.resolve() / "between_steps", overwrite=True)
-    if not part.s.hellaswag_data:
-        flags += ["--hellaswag-interval", "0"]
     run = train_gpt2.set_up(read_settings(flags))
     s, rt = run.settings, run.rt
     batches = dataloader.train_batches(
