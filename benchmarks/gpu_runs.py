@@ -229,10 +229,10 @@ def between_steps(part: Part) -> None:
     data = ["--data", str(part.s.hellaswag_data.resolve())] if part.s.hellaswag_data else []
     if data or not part.s.tiny:
         flags = ["benchmarks/hellaswag_speed.py", "--limit", "1000", *data, *common]
-        part.measure("hellaswag", lambda: json.loads(part.script(*flags)))
+        part.measure("hellaswag_examples_per_sec", lambda: json.loads(part.script(*flags)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     script = ["benchmarks/generation.py", "--new-tokens", "4" if part.s.tiny else "64", "--device", device]
-    part.measure("sampling", lambda: json.loads(part.script(*script, *common)))
+    part.measure("sampling_tokens_per_sec", lambda: json.loads(part.script(*script, *common)))
     overhead = part.measure("costs", lambda: peers.apart(costs, part))
     adamw = part.earlier("speed").get("recipe_step", {})
     if "tokens_per_sec" not in adamw:
