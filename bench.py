@@ -8,10 +8,10 @@
 MFU: 6N + 12·L·d·T FLOPs per token (GPTConfig.flops_per_token) as a fraction of the device's peak rate.
 """
 
-if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
-    import signal
+if __name__ == "__main__":
+    from support import launch
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launch.prepare()
 
 import contextlib
 import dataclasses
@@ -207,6 +207,8 @@ def measure(s: Settings) -> dict[str, object]:
     )  # fmt: skip
     tokens = s.accumulation_steps * B * T
 
+    known = hardware.peak_flops(rt.device, rt.dtype)  # else measured before and after, as machines vary
+    measured = 0.0 if known else hardware.measured_flops(rt.device, rt.dtype)
     begin, kernel = time.perf_counter(), KERNELS.get(s.attention)
     with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
         for step in range(s.warmup + s.steps):
@@ -222,7 +224,7 @@ def measure(s: Settings) -> dict[str, object]:
     seconds = watch.seconds()[s.warmup :]
     durations = [sum(part.values()) for part in seconds]
     median = statistics.median(durations)
-    peak = hardware.peak_flops(rt.device, rt.dtype)
+    peak = known or max(measured, hardware.measured_flops(rt.device, rt.dtype))
     memory = hardware.peak_memory(rt.device)
     return {
         "tokens_per_sec": tokens / median,

@@ -8,10 +8,10 @@ In the loop, Ctrl-C stops the sample and Ctrl-D quits. A sample depends on the m
 settings and the seed, not on how many other samples are drawn.
 """
 
-if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
-    import signal
+if __name__ == "__main__":
+    from support import launch
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launch.prepare()
 
 import codecs
 import contextlib

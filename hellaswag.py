@@ -12,11 +12,12 @@ What is unusual here:
 Paper: Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"; data: rowanz/hellaswag.
 """
 
-if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
-    import signal
+if __name__ == "__main__":
+    from support import launch
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launch.prepare()
 
+import dataclasses
 import hashlib
 import http.client
 import json
@@ -310,7 +311,7 @@ class Settings:
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"
-    """Precision of matrix products."""
+    """Precision of matrix products. auto: float32 on a CPU, where bfloat16 moved one answer in 300."""
 
 
 def main() -> None:
@@ -318,6 +319,8 @@ def main() -> None:
     if s.limit < 0:
         raise UserError(f"--limit {s.limit}: must be at least 0")
     rt = runtime.start(s.device, s.dtype)
+    if s.dtype == "auto" and rt.device.type == "cpu":
+        rt = dataclasses.replace(rt, dtype=torch.float32)
     if s.data is None:
         rt.run_on_some(rt.local_rank == 0, fetch, fetches=True)
     examples = load(s.data, s.style, s.limit)

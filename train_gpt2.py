@@ -9,10 +9,10 @@ A step is one optimizer step; steps count from 1. The training loss of step s is
 update, the validation loss of step s that of the weights after it.
 """
 
-if __name__ == "__main__":  # Ctrl-C during the imports below: end without a traceback
-    import signal
+if __name__ == "__main__":
+    from support import launch
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launch.prepare()
 
 import contextlib
 import functools
@@ -217,8 +217,8 @@ def run_steps(run: Run) -> int:
     step = run.steps_done
     evaluate(run, step)  # at a resume only what the record of this step lacks
     flops_per_token = run.model.config.flops_per_token(s.sequence_length)
-    peak_flops = hardware.peak_flops(rt.device, rt.dtype) * rt.world_size
-    progress = Progress(s, rt, run.metrics, run.steps_done, flops_per_token, peak_flops)
+    peak_flops = hardware.peak_flops(rt.device, rt.dtype)
+    progress = Progress(s, rt, run.metrics, flops_per_token, peak_flops, pauses=run.attempt.seconds)
     with contextlib.closing(batches), run.clock("training"):
         while step < run.last_step:
             step += 1

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
@@ -35,6 +36,7 @@ class Attempts:
         self.rt, self.metrics = rt, run_metrics
         self.file = run_metrics.path.parent / UNDER_WAY
         self.settled: set[tuple[int, str]] = set()
+        self.seconds: dict[str, float] = {}  # what -> how long it took the last time
         if rt.is_main:
             records = [r for r in metrics.read(run_metrics.path) if r["step"] == steps_done]
             found = {r["kind"] for r in records} | {r.get("name") for r in records}
@@ -51,10 +53,12 @@ class Attempts:
         if self.rt.on_any(self.rt.is_main and not self._begin(step, what)):
             return None
         result, reason, trace = None, "", None
+        begin = time.perf_counter()
         try:
             with self.rt.autocast():
                 result = work() if here else None
             self.rt.synchronize()  # an error of the device belongs to this work, not to the next step
+            self.seconds[what] = time.perf_counter() - begin
         except Exception as error:  # whatever it is, the run is worth more
             reason = str(error).partition("\n")[0] or type(error).__name__
             if not isinstance(error, UserError | torch.OutOfMemoryError):

@@ -97,16 +97,20 @@ def attention_backend(
     return choice.name.removesuffix("_ATTENTION").lower()
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The device's peak rate of matrix products in FLOP/s: what an MFU of 100 % would be.
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's peak rate of matrix products in FLOP/s, by its data sheet: an MFU of 100 %.
 
-    For a CUDA device in the table, running in 16 bits, the data sheet's figure; for any other the best of a
-    few large matrix products, which takes a fraction of a second.
+    None for a device that is not in the table of GPUs, and for fp32, which has no matrix units of its own.
     """
-    if device.type == "cuda" and dtype != torch.float32:
-        gpu = gpus.find(torch.cuda.get_device_name(device))
-        if gpu:
-            return gpu.tflops * 1e12
+    gpu = gpus.find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.tflops * 1e12 if gpu and dtype != torch.float32 else None
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of a few large matrix products, in FLOP/s. Takes a fraction of a second.
+
+    What this moment has to give: on a machine with other work, a later moment may give more.
+    """
     n = 1024 if device.type == "cpu" else 4096
     a = torch.randn(n, n, device=device, dtype=dtype)
     rt = Runtime(device, dtype)
@@ -131,7 +135,7 @@ def refuse_days_on_cpu(device: str, flops: float, rt: Runtime) -> None:
 
 
 def _refuse_days(rt: Runtime, flops: float) -> None:
-    days = flops / (peak_flops(rt.device, rt.dtype) * rt.world_size) / 86_400
+    days = flops / (measured_flops(rt.device, rt.dtype) * rt.world_size) / 86_400
     if days > 1:
         raise UserError(
             f"--device auto: no GPU found, and this run would take at least {days:,.0f} days on this CPU: "

@@ -5,8 +5,9 @@ import contextlib
 import itertools
 import math
 import signal
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from support import checkpoint, metrics
+from support.attempts import RECORDS
 from support.cli import UserError
 from support.runtime import Runtime
 
@@ -127,6 +129,9 @@ class Settings(Protocol):
     max_steps: int
     total_batch_size: int
     max_bad_steps: int
+    val_interval: int
+    hellaswag_interval: int
+    sample_interval: int
 
 
 class Progress:
@@ -141,22 +146,25 @@ class Progress:
         s: Settings,
         rt: Runtime,
         run_metrics: metrics.Metrics,
-        steps_done: int,
         flops_per_token: float,
-        peak_flops: float,
+        peak_flops: float | None,
+        pauses: Mapping[str, float],
     ) -> None:
-        """steps_done: before this process started. peak_flops: of all processes."""
+        """peak_flops: of one device, if it is known. pauses: seconds that each kind of evaluation takes."""
         self.metrics, self.say, self.device = run_metrics, rt.say, rt.device
-        self.steps_done, self.max_steps = steps_done, s.max_steps
+        self.max_steps = s.max_steps
         self.tokens_per_step, self.flops_per_token = s.total_batch_size, flops_per_token
-        self.peak_flops = peak_flops
+        self.peak_flops = peak_flops * rt.world_size if peak_flops else None
+        self.pauses = pauses
+        intervals = (s.val_interval, s.hellaswag_interval, s.sample_interval)
+        self.intervals = dict(zip(RECORDS, intervals, strict=True))
+        self.durations: collections.deque[float] = collections.deque(maxlen=100)
         self.max_bad_steps = s.max_bad_steps
         self.lag = 1 if rt.device.type == "cuda" else 0
         self.pending: collections.deque[EnqueuedStep] = collections.deque()
         self.bad_steps = 0  # in a row
         earlier = [r["loss"] for r in metrics.read(run_metrics.path) if r["kind"] == "train"]
         self.recent_losses = collections.deque((loss for loss in earlier if loss is not None), maxlen=100)
-        self.started = time.perf_counter()
 
     def begin(self) -> None:
         """Note that a step begins."""
@@ -196,13 +204,14 @@ class Progress:
         step, lr = enqueued.step, enqueued.lr
         duration = enqueued.end.seconds_since(enqueued.begin)
         tokens_per_sec = self.tokens_per_step / duration
-        mfu = self.flops_per_token * tokens_per_sec / self.peak_flops
-        elapsed = time.perf_counter() - self.started
-        left = int(elapsed / (step - self.steps_done) * (self.max_steps - step))
+        mfu = self.flops_per_token * tokens_per_sec / self.peak_flops if self.peak_flops else None
+        self.durations.append(duration)
+        left = int(self.seconds_left(step))
         self.say(
             f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
-            f"{1000 * duration:.0f} ms | {tokens_per_sec:,.0f} tokens/s | MFU {100 * mfu:.1f} % | "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            f"{1000 * duration:.0f} ms | {tokens_per_sec:,.0f} tokens/s | "
+            + (f"MFU {100 * mfu:.1f} % | " if mfu else "")
+            + f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
         self.metrics.log(
             step,
@@ -215,6 +224,15 @@ class Progress:
             mfu=mfu,
             tokens=step * self.tokens_per_step,
         )
+
+    def seconds_left(self, step: int) -> float:
+        """Seconds from the end of `step` to the end of the run, evaluations included, as fast as lately."""
+        last = self.max_steps
+        seconds = (last - step) * statistics.fmean(self.durations)
+        for what, interval in self.intervals.items():
+            if interval:  # also after the last step, whatever the interval
+                seconds += self.pauses.get(what, 0.0) * (-(-last // interval) - step // interval)
+        return seconds
 
     def _watch(self, step: int, loss: float, grad_norm: float, scale: float) -> None:
         """Record steps that were skipped and losses that jump; give up after too many bad steps."""

@@ -288,6 +288,7 @@ def test_the_script_prints_ours_beside_the_published(folder: Path, data: Path) -
         "0.3114",
         "10,042",
         "examples/s",
+        "torch.float32",
     ):
         assert shown in done.stdout
     assert "20/20" in done.stderr

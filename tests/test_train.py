@@ -27,6 +27,8 @@ from pre_tokens.shards import find_shards
 from settings import PRESETS, settings_from_config
 from support import checkpoint, files, metrics
 from support.cli import UserError
+from support.progress import Progress
+from support.runtime import Runtime
 
 Train = Callable[..., Path]
 
@@ -103,6 +105,24 @@ def test_validation_does_not_depend_on_the_micro_batch(train: Train) -> None:
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
+@pytest.mark.parametrize("max_steps", [20, 21])
+def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, max_steps: int) -> None:
+    """Compared with a walk through the steps, in which each evaluation is also due after the last one."""
+    s = dataclasses.replace(
+        PRESETS["demo"], max_steps=max_steps, val_interval=5, hellaswag_interval=0, sample_interval=8
+    )
+    seconds = {"validation": 100.0, "HellaSwag": 1000.0, "samples": 7.0}
+    record = metrics.Metrics(tmp_path / "metrics.jsonl", silent=True)
+    progress = Progress(s, Runtime(torch.device("cpu"), torch.float32), record, 1.0, None, seconds)
+    progress.durations.extend([2.0, 4.0])
+    for done in range(max_steps):
+        left = 0.0
+        for step in range(done + 1, max_steps + 1):
+            last = step == max_steps
+            left += 3 + 100 * (step % 5 == 0 or last) + 7 * (step % 8 == 0 or last)
+        assert progress.seconds_left(done) == left
 
 
 def test_evaluation_is_no_part_of_a_steps_time(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
