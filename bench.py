@@ -118,12 +118,9 @@ def check_settings(s: Settings) -> None:
     for name in ("steps", "rounds", "nodes", "accumulation_steps"):
         if getattr(s, name) < 1:
             raise UserError(f"{flag(name, getattr(s, name))}: must be at least 1")
-    for name in (
-        "n_layer", "n_head", "n_embd", "sequence_length", "micro_batch_size", "loss_chunks", "warmup",
-        "price",
-    ):  # fmt: skip
-        if not 0 <= getattr(s, name) < math.inf:
-            raise UserError(f"{flag(name, getattr(s, name))}: must be at least 0")
+    for name, value in vars(s).items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise UserError(f"{flag(name, value)}: must be at least 0")
     runtime.check_compile(s.compile, s.device)
     if not 0 < s.mfu <= 1:
         raise UserError(f"--mfu {s.mfu}: must be above 0 and at most 1 (0.45 is 45 %)")
@@ -208,7 +205,7 @@ def measure(s: Settings) -> dict[str, object]:
     tokens = s.accumulation_steps * B * T
 
     known = hardware.peak_flops(rt.device, rt.dtype)  # else measured before and after, as machines vary
-    measured = 0.0 if known else hardware.measured_flops(rt.device, rt.dtype)
+    peak = known or hardware.measured_flops(rt.device, rt.dtype)
     begin, kernel = time.perf_counter(), KERNELS.get(s.attention)
     with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
         for step in range(s.warmup + s.steps):
@@ -224,7 +221,7 @@ def measure(s: Settings) -> dict[str, object]:
     seconds = watch.seconds()[s.warmup :]
     durations = [sum(part.values()) for part in seconds]
     median = statistics.median(durations)
-    peak = known or max(measured, hardware.measured_flops(rt.device, rt.dtype))
+    peak = known or max(peak, hardware.measured_flops(rt.device, rt.dtype))
     memory = hardware.peak_memory(rt.device)
     return {
         "tokens_per_sec": tokens / median,
