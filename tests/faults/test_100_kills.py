@@ -28,7 +28,7 @@ SETTINGS = {
 }  # fmt: skip
 # Phase -> the longest wait, in seconds, between its first sign and the kill: about as long as it lasts.
 PHASES = {
-    "fetch": 1.5, "start-up": 4, "steps": 0.5, "evaluation": 0.05, "checkpoint": 0.15, "push": 0.2, "end": 1,
+    "fetch": 1.5, "start-up": 4, "steps": 0.1, "evaluation": 0.05, "checkpoint": 0.15, "push": 0.2, "end": 1,
 }  # fmt: skip
 
 
@@ -71,20 +71,25 @@ class Life:
             return []
 
     def signs(self) -> dict[str, Callable[[], object]]:
-        """Phase -> whether the process is in it, of phases that may coincide the more telling one first."""
-        record, under_way, steps_done, parts = self.before
+        """Phase -> whether the process is in it; of phases that coincide the more telling one comes first."""
+        record, under_way, _, parts = self.before
         opened = lambda: self.record() != record  # noqa: E731
         evaluating = lambda: self.under_way() not in ([], under_way)  # noqa: E731
         ending = lambda: self.under_way() and self.under_way()[-1][1].endswith((".txt", ".png"))  # noqa: E731
-        return {
+        signs = {
             "fetch": lambda: self.parts() not in ([], parts),
             "start-up": lambda: not opened(),
             "end": lambda: opened() and ((self.out / "summary.json").exists() or (evaluating() and ending())),
             "evaluation": evaluating,
             "checkpoint": lambda: [*self.out.glob("checkpoints/.unfinished-*")],
             "push": lambda: [*self.out.glob("checkpoints/.pushing-*")],
-            "steps": lambda: opened() and self.run.last_step() > steps_done,
         }
+        return {**signs, "steps": lambda: self.advances() and not any(sign() for sign in signs.values())}
+
+    def advances(self) -> bool:
+        """Whether the process has made a step."""
+        record, _, steps_done, _ = self.before
+        return self.record() != record and self.run.last_step() > steps_done
 
     def choose_phase(self) -> str:
         """One that is still to come; those that come once in a life as often as they can be had."""
@@ -112,7 +117,7 @@ class Life:
         process = self.run.start()
         if phase not in ("start-up", "fetch", "end"):
             wait_until(
-                lambda: process.poll() is not None or (signs["steps"]() and self.run.last_step() >= step)
+                lambda: process.poll() is not None or (self.advances() and self.run.last_step() >= step)
             )
         wait_until(lambda: process.poll() is not None or signs[phase]())
         time.sleep(random.uniform(0, PHASES[phase]))
