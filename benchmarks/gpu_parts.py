@@ -164,7 +164,8 @@ def describe(rt: Runtime) -> dict[str, object]:
 
         described["triton"] = triton.__version__
     if rt.device.type == "cuda":
-        described["data_sheet_tflops"] = hardware.peak_flops(rt.device, torch.bfloat16) / 1e12
+        peak = hardware.peak_flops(rt.device, torch.bfloat16)
+        described["data_sheet_tflops"] = peak and peak / 1e12
         for query in ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem"):
             command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
             with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -261,7 +262,7 @@ def figures(result: dict[str, object]) -> dict[str, object]:
 
 def forecast(part: Part) -> list[dict[str, object]]:
     """The step of the recipe beside what `bench.py --plan` says of this GPU."""
-    config, length = bench.model_config(part.bench())
+    config, length, _ = bench.model_config(part.bench())
     name, memory = "A100", 80.0  # something to try out a CPU with
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -290,7 +291,7 @@ def floors(part: Part, alone: dict[str, object]) -> dict[str, object]:
     rates = part.earlier("device").get("ceilings", {})
     if "copy_gb_per_sec" not in rates:
         raise UserError("needs the ceilings of the part `device`")
-    config, length = bench.model_config(part.bench())
+    config, length, _ = bench.model_config(part.bench())
     B = alone["micro_batch_size"]
     flops = config.flops_per_token(length) * B * length
     found = {

@@ -79,6 +79,7 @@ def resumed_run(part: Part, command: list[str], run: Path) -> dict[str, object]:
     resumed_from = max(r["step"] for r in records if r.get("name") == "resume")
     repeated = sorted(step for step in before if step > resumed_from)
     rates = [after[step]["tokens_per_sec"] for step in sorted(after)[2:]]
+    mfus = [after[step]["mfu"] for step in sorted(after)[2:]]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     losses = {f"val_loss_at_{r['step']}": r["loss"] for r in records if r["kind"] == "val"}
     scores = {
@@ -92,7 +93,7 @@ def resumed_run(part: Part, command: list[str], run: Path) -> dict[str, object]:
         "repeated_steps": len(repeated),
         "largest_loss_difference": max(abs(before[n]["loss"] - after[n]["loss"]) for n in repeated),
         "tokens_per_sec": statistics.median(rates),
-        "mfu": statistics.median(after[step]["mfu"] for step in sorted(after)[2:]),
+        "mfu": None if None in mfus else statistics.median(mfus),
         **losses,
         **scores,
         **{f"seconds_of_{name}": value for name, value in summary["seconds"].items()},

@@ -106,7 +106,7 @@ def speed(folder: Path, s: bench.Settings) -> dict[str, float | None]:
     Its batches come as in its script: a shard in memory as int64, cut where the step waits for it.
     """
     rt = runtime.start(s.device, s.dtype)
-    config, length = bench.model_config(s)
+    config, length, _ = bench.model_config(s)
     model = build(load(folder), config, PADDED_VOCAB_SIZE).to(rt.device)
     optimizer = optimizer_of(model, PRESETS[s.preset].learning_rate, rt.device)
     if s.compile:
