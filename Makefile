@@ -1,17 +1,21 @@
 # make demo: train a small GPT-2 on any CPU, from an empty machine to a figure. make test: the tests.
+# make test-slow: those left out of it, which take tens of seconds each.
 # make test-faults: all the ways in which a run may be broken, and a table of what it survived.
 # make soak: 20 minutes of training (MINUTES=20) with one of them every half minute.
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 20
 
-.PHONY: demo test test-faults soak lint
+.PHONY: demo test test-slow test-faults soak lint
 demo: .venv/installed
 	$(BIN)/python pre_tokens/handle_tokens.py --source builtin --out-dir data/builtin
 	$(BIN)/python train_gpt2.py --preset demo --overwrite
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m faults -n 0 tests/faults

@@ -184,12 +184,13 @@ class GPT(nn.Module):
             )
         self.config = config
         # Built without memory first: the layers would draw default weights, which advances the generator by
-        # an amount that depends on the padding.
+        # an amount that depends on the padding. For it an embedding here would import torch.compile.
+        embedding = lambda *shape: nn.Embedding.from_pretrained(torch.empty(shape), freeze=False)  # noqa: E731
         with torch.device("meta"):
             self.transformer = nn.ModuleDict(
                 {
-                    "wte": nn.Embedding(config.embedding_rows, config.n_embd),
-                    "wpe": nn.Embedding(config.block_size, config.n_embd),
+                    "wte": embedding(config.embedding_rows, config.n_embd),
+                    "wpe": embedding(config.block_size, config.n_embd),
                     "drop": Dropout(config.dropout),
                     "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                     "ln_f": LayerNorm(config.n_embd, eps=1e-5),

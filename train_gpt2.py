@@ -197,10 +197,10 @@ def train(s: Settings) -> int:
     run = set_up(s)
     rt, record, status = run.rt, run.metrics, run_steps(run)
     run.pusher.close(record)
-    # The process group is left with no model alive: a DDP reducer torn down at exit can hang or abort.
     del run
-    torch.compiler.reset()
-    gc.collect()
+    if rt.world_size > 1:  # leave the group with no model alive: a DDP reducer torn down at exit can hang
+        torch.compiler.reset()
+        gc.collect()
     rt.close()
     record.close()
     return status

@@ -1,5 +1,10 @@
 """Fixtures of all tests: tiny shards and tiny training runs."""
 
+import os
+
+# One worker per core already: more threads in each would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import dataclasses
 import signal
 from collections.abc import Callable, Iterator

@@ -129,6 +129,7 @@ def test_why_a_checkpoint_could_not_be_written(tmp_path: Path) -> None:
     assert writer.wait() is None
 
 
+@pytest.mark.slow
 def test_a_state_moves_between_numbers_of_processes(
     train: Callable[..., Path], data_dir: Path, tmp_path: Path
 ) -> None:

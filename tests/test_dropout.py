@@ -148,6 +148,7 @@ def test_the_masks_of_micro_batches_differ(train: Train, monkeypatch: pytest.Mon
     assert len(seen) == len(set(seen)) == 6 * 4  # steps, micro-batches
 
 
+@pytest.mark.slow
 def test_two_processes_drop_what_one_does(tmp_path: Path, data_dir: Path) -> None:
     flags = as_flags({**TINY, **DROPPING, "data_dir": data_dir})
     runs = []

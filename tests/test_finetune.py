@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import ROOT, run_script
 
@@ -11,6 +12,7 @@ from settings import PRESETS
 from support import run_folder
 
 
+@pytest.mark.slow
 def test_from_a_text_to_samples(tmp_path: Path) -> None:
     """As workflow.md has it, with a small model in place of GPT-2."""
     torch.manual_seed(0)

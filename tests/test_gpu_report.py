@@ -117,6 +117,7 @@ def test_a_peer_trained_from_the_same_weights_on_the_same_batches(part: Part, tm
     assert theirs == pytest.approx(ours, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_three_recipes_over_the_same_tokens(part: Part) -> None:
     gpu_runs.recipes(part)
     results = noted(part)
@@ -171,6 +172,7 @@ def test_outcomes_of_tests_are_read(part: Part) -> None:
 # ---------------------------------------------------------------- the report
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_the_script_kills_and_resumes_the_rehearsal(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"

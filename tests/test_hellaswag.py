@@ -322,6 +322,7 @@ def test_training_records_hellaswag(train: Callable[..., Path], tmp_path: Path) 
     assert history(train("without")) == history(run)
 
 
+@pytest.mark.slow
 def test_two_processes_record_the_same_hellaswag(data_dir: Path, tmp_path: Path) -> None:
     flags = {"data_dir": data_dir, "hellaswag_interval": 2, "hellaswag_data": short_file(tmp_path)}
     found = []

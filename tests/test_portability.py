@@ -54,6 +54,7 @@ def as_on_windows(tmp_path: Path, script: str, *args: str) -> subprocess.Complet
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_and_measuring_as_on_windows(tmp_path: Path, data_dir: Path) -> None:
     run = as_flags({**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run", "keep_checkpoints": 1})
     done = as_on_windows(tmp_path, "train_gpt2.py", "--preset", "demo", *run)

@@ -160,7 +160,7 @@ def test_an_outage(
     for step in (2, 4, 6):
         send(pusher, record, undisturbed, step)
         before = len(hub.requests)
-        wait_for(lambda: len(hub.requests) > before + 30)  # noqa: B023
+        wait_for(lambda: len(hub.requests) > before + 6)  # noqa: B023
     hub.faults.clear()
     pusher.close(record)
     assert hub.repo(REPO).titles == ["initial commit", "Checkpoint after 6 steps"]

@@ -86,6 +86,7 @@ def test_a_run_has_the_same_losses(train: Train, values: dict[str, object]) -> N
     assert history(train("on", recompute=True, **values)) == history(train("off", **values))
 
 
+@pytest.mark.slow
 def test_on_two_processes(tmp_path: Path, data_dir: Path) -> None:
     flags = {**TINY, "data_dir": data_dir, "dataset_repo": "none", "micro_batch_size": 2, "dropout": 0.1}
     runs = []

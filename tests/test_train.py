@@ -364,6 +364,7 @@ def test_lines_come_as_they_are_written(undisturbed: tuple[Path, list], tmp_path
     process.communicate()
 
 
+@pytest.mark.slow
 @posix
 def test_ctrl_c_is_answered_during_a_long_step(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
     """The step ends seconds later; the demo says how to continue, as the same command would start over."""
@@ -436,6 +437,7 @@ def workers(out: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @posix
 def test_a_signal_to_two_processes_stops_both_after_one_step(
     undisturbed: tuple[Path, list], tmp_path: Path
