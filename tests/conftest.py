@@ -16,6 +16,7 @@ import torch
 from helpers import TINY, T, write_shard
 from hypothesis import HealthCheck, settings
 
+import plot_loss
 import train_gpt2
 from settings import PRESETS
 from support import tokenizer
@@ -43,8 +44,12 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def train(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Path]]:
-    """train(out="name", **settings) trains a tiny model in this process and returns its run folder."""
+def train(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """train(out="name", **settings) trains a tiny model in this process and returns its run folder.
+
+    Without the figure, which takes as long as the training: `monkeypatch.undo()` brings it back.
+    """
+    monkeypatch.setattr(plot_loss, "plot_run", lambda folder: folder / "loss_curves.png")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(out: str = "run", **settings: object) -> Path:

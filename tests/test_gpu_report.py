@@ -208,6 +208,7 @@ def fail(part: Part) -> None:
     raise UserError("something is missing")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs signals and process groups")
 def test_a_part_that_crashes_hangs_or_fails_costs_only_its_share(part: Part) -> None:
     assert gpu_report.run_part(crash, part.s, "crash", 60).startswith("SIGKILL")

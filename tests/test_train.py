@@ -57,7 +57,8 @@ def test_loss_curve_equals_a_textbook_loop(train: Train, data_dir: Path) -> None
     assert history(run, kinds=("train",))[-1]["step"] == 8
 
 
-def test_what_a_run_leaves(train: Train) -> None:
+def test_what_a_run_leaves(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     run = train()
     assert {path.name for path in run.iterdir()} == {
         "config.json", "metrics.jsonl", "checkpoints", "loss_curves.png", "samples.txt", "summary.json",
@@ -336,7 +337,7 @@ def test_killed_and_resumed(undisturbed: tuple[Path, list], tmp_path: Path) -> N
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_and_saves(
     undisturbed: tuple[Path, list], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -13,6 +13,7 @@ import transformers
 from helpers import T, posix, run_script
 from loopback_hub import TOKEN, LoopbackHub
 
+import plot_loss
 import upload_hf
 from model import GPT, GPTConfig
 from support import run_folder
@@ -53,6 +54,7 @@ def test_a_run_goes_to_the_hub_and_back(
     train: Train, hub: LoopbackHub, capsys: pytest.CaptureFixture
 ) -> None:
     run = train(hellaswag_interval=0)
+    plot_loss.plot([run], run / "loss_curves.png")
     (run / "notes.txt").write_text("private")
     upload_hf.upload(Settings(run, "ann/tiny", private=True, revision="step-6"))
     repo = hub.repo("ann/tiny")
@@ -85,6 +87,7 @@ def test_a_run_goes_to_the_hub_and_back(
 
 def test_the_model_card_says_what_the_run_was(train: Train, hub: LoopbackHub) -> None:
     run = train()
+    plot_loss.plot([run], run / "loss_curves.png")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "kind": "hellaswag", "acc": 0.2512, "acc_norm": 0.2634, "n": 10042}\n')
     (run / "samples.txt").write_text("Hello, ```\n\n# not a heading\n")
