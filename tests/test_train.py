@@ -355,7 +355,7 @@ def test_a_signal_finishes_the_step_and_saves(
 
 
 def test_lines_come_as_they_are_written(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
-    """Into a pipe, as `| tee` and `> run.log` are, while the run goes on."""
+    """Into a pipe, as `| tee` and `> run.log` are, during the run."""
     data_dir, _ = undisturbed
     process = start(data_dir, tmp_path, max_steps=100_000, warmup_steps=0)
     lines = iter(process.stdout.readline, "")
