@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -325,3 +326,20 @@ def test_sampling_and_hellaswag_do_not_use_cudnn_attention(monkeypatch: pytest.M
         assert enabled() == (True, True, True, True), "what comes between is not affected"
     model(torch.tensor([[1, 2]]))
     assert seen[-1] == (True, True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_wait_briefly_unless_told_otherwise(given: dict[str, str], expected: str | None) -> None:
+    """Set before torch is imported, which reads it only then; what the user has set stays."""
+    code = (
+        "import os, sys; from support import launch; launch.prepare(); "
+        "assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **given}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(expected), done.stderr
