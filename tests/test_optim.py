@@ -2,6 +2,7 @@
 
 import collections
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +152,8 @@ def muon_process(rank: int, world_size: int, folder: Path, saved: Path) -> None:
     results = [muon_steps(), muon_steps(saved if saved.exists() else None)]
     torch.save(results, folder / f"{rank}_of_{world_size}.pt")
     dist.destroy_process_group()
+    # Gloo's threads may still hold tensors, and abort the interpreter's exit (pytorch/pytorch#179291).
+    os._exit(0)
 
 
 def assert_equal(a: object, b: object) -> None:
