@@ -49,6 +49,7 @@ def test_the_int64_loader_reads_the_shard_in_order(data_dir: Path) -> None:
         np.testing.assert_array_equal(y.numpy().ravel(), part[1:])
 
 
+@pytest.mark.slow
 def test_two_settings_are_compared_in_turn() -> None:
     done = run_script(
         "bench.py", *TOY, "--steps", "1", "--rounds", "1", "--json",

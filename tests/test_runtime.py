@@ -278,6 +278,7 @@ print("never")
 """
 
 
+@pytest.mark.slow
 def test_processes_are_patient_only_while_data_is_fetched(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(PATIENCE)
     begin = time.monotonic()

@@ -256,6 +256,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_agree(train: Train, data_dir: Path, tmp_path: Path) -> None:
     whole = train("whole")
     (tmp_path / "failing.py").write_text(FAILS_ON_RANK_1)

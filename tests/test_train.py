@@ -454,6 +454,7 @@ def test_a_signal_to_two_processes_stops_both_after_one_step(
     assert [r["loss"] for r in history(tmp_path)] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_two_compiled_processes_end(train: Train, data_dir: Path, tmp_path: Path) -> None:
     """As on GPUs, DDP around a compiled model. One still alive when its group is left hangs now and then."""
