@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from support import pretrained, sampling
 from support.cli import UserError
 from support.layer_norm import LayerNorm
-from support.loss import ChunkedCrossEntropy, RowCrossEntropy
+from support.loss import BlockCrossEntropy, RowCrossEntropy
 
 
 @dataclass(frozen=True)
@@ -272,10 +272,9 @@ class GPT(nn.Module):
         None. loss_chunks: the loss alone may be computed in that many chunks of the batch, to save memory.
         """
         states = self.hidden(idx)
-        on_cuda = states.device.type == "cuda"
         # Logits that are returned take part in backward, with a gradient of their size even if it is zero.
-        if targets is not None and not return_logits and (on_cuda or loss_chunks > 1):
-            cross_entropy = RowCrossEntropy if on_cuda else ChunkedCrossEntropy
+        if targets is not None and not return_logits:
+            cross_entropy = BlockCrossEntropy if states.device.type == "cpu" else RowCrossEntropy
             head = (self.lm_head.weight, targets.flatten(), self.config.vocab_size, loss_chunks)
             return None, cross_entropy.apply(states.flatten(0, 1), *head)
         logits = self.head(states)

@@ -1,10 +1,14 @@
-"""The head and its cross-entropy without a batch of logits: by columns on a CPU, by rows on a GPU."""
+"""The head and its cross-entropy without a batch of logits: in blocks on a CPU, by rows on a GPU."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+# Columns of logits made at a time on a CPU; with 512 positions they stay in its cache.
+VOCABULARY_BLOCK = 1024
 
 
 def default_chunks(n_tokens: int, device: torch.device) -> int:
@@ -18,53 +22,56 @@ def default_chunks(n_tokens: int, device: torch.device) -> int:
     return max(1, n_tokens // tokens_per_chunk)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """The head and its loss, one chunk of positions at a time, with the gradients computed along the way.
+class BlockCrossEntropy(torch.autograd.Function):
+    """The head and its loss for a CPU, with the gradients computed along the way.
 
-    The logits of a whole batch, their softmax and its gradient are by far the largest tensors of a small
-    GPT-2. Here only one chunk's logits exist at a time, and become their own gradient in place (the idea of
-    Liger Kernel's fused linear cross-entropy, Hsu et al. 2024). Nothing is computed twice. Backward scales
-    the weight's gradient in place, so it can run only once: torch raises RuntimeError the second time.
+    The logits of a small GPT-2 are by far its largest tensors, and reading them again and again from memory
+    would take longer than the products. Here they are made one block of the vocabulary at a time, small
+    enough for the cache, and left there as exp(logit - largest of the block). What is still to be multiplied
+    by, exp(largest of the block - log-sum-exp of all) for each position, scales the small sides of the two
+    products that form the gradients instead. The target's column, whose gradient is the probability - 1, is
+    left out of both and added in fp32.
+
+    One chunk of positions at a time, to bound the memory. Nothing is computed twice. Backward scales the
+    weight's gradient in place, so it can run only once: torch raises RuntimeError the second time.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, states: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunks: int
     ) -> Tensor:
-        """states (N, C), weight (rows, C), targets (N,) -> mean loss over targets that are not -100.
+        """states (N, C), weight (rows, C), targets (N,) -> mean loss in fp32 over targets that are not -100.
 
         Rows of the weight from `vocab_size` on are padding and get no probability.
         """
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        if dtype == torch.float16:  # the factors would vanish in it, and few CPUs compute in it
+            dtype = torch.float32
         with torch.autocast(kind, enabled=False):
-            w = weight.to(dtype)
+            w = weight[:vocab_size].to(dtype)
+            blocks = w.split(VOCABULARY_BLOCK)
             count = (targets != -100).sum()
             loss = torch.zeros((), device=states.device)
             grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight)
             pieces = zip(states.chunk(chunks), targets.chunk(chunks), grad_states.chunk(chunks), strict=True)
             for x, target, grad_x in pieces:
-                x = x.to(dtype)
-                # One column per position: CPU libraries are up to 1.5 times as fast in this layout.
-                logits = (w @ x.t()).float()
-                logits[vocab_size:] = -math.inf
-                known = (target != -100).to(logits.dtype)
-                target = target.clamp_min(0)[None]
-                largest, target_logit = logits.amax(dim=0), logits.gather(0, target).squeeze(0)
-                probs = logits.sub_(largest).exp_()
-                total = probs.sum(dim=0)
-                loss += ((largest + total.log() - target_logit) * known).sum()
-                if ctx.needs_input_grad[0]:  # false in validation, where only the weight asks for a gradient
-                    # d loss / d logits = (softmax - one-hot) · known / count, one factor per column.
-                    probs.div_(total).scatter_add_(0, target, torch.full_like(probs[:1], -1.0))
-                    factor = (known / count)[:, None]
-                    grad = probs.to(dtype)
-                    grad_x.copy_((grad.t() @ w) * factor)
-                    x = x * factor.to(dtype)
-                    if dtype == weight.dtype:
-                        grad_weight.addmm_(grad, x)
-                    else:
-                        grad_weight += grad @ x
+                x, known, target = x.to(dtype), (target != -100)[:, None], target.clamp_min(0)
+                wants_grad = ctx.needs_input_grad[0]  # not in validation, where only the weight asks for one
+                nll, exps, factors = _softmax(x, blocks, target, wants_grad)
+                loss += (nll * known).sum()
+                if not wants_grad:
+                    continue
+                at_target = torch.expm1(-nll) * known / count  # probability - 1
+                sum_x = at_target * w[target].float()
+                factors *= known / count
+                for block, exp, factor, grad_w in zip(
+                    blocks, exps, factors.split(1, dim=1), grad_weight.split(VOCABULARY_BLOCK), strict=False
+                ):
+                    sum_x.addcmul_((exp @ block).float(), factor)
+                    grad_w[: len(block)] += exp.t() @ (x * factor).to(dtype)
+                grad_x.copy_(sum_x)
+                grad_weight.index_put_((target,), (at_target * x).to(grad_weight.dtype), accumulate=True)
         ctx.save_for_backward(grad_states, grad_weight)
         return loss / count
 
@@ -72,6 +79,36 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_weight = ctx.saved_tensors
         return grad_states * grad_loss, grad_weight.mul_(grad_loss), None, None, None
+
+
+def _softmax(
+    x: Tensor, blocks: Sequence[Tensor], target: Tensor, keep: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The softmax of the logits x (n, C) @ all `blocks` (b, C) of the vocabulary, in factors.
+
+    Returns the negative log-likelihood of target (n,) in fp32 (n, 1); with `keep`, for each block the
+    exponentials (n, b) in the dtype of x, 0 in the target's column; and in fp32 (n, blocks) what each row of
+    a block has to be multiplied by to become probabilities.
+    """
+    target_logit = torch.empty(len(x), 1, device=x.device)
+    exps, largest, totals = [], [], []
+    begin = 0
+    for block in blocks:
+        logits = x @ block.t()
+        column = (target[:, None] - begin).clamp(0, len(block) - 1)
+        inside = target[:, None] - begin == column
+        begin += len(block)
+        exp = logits.float()
+        target_logit = torch.where(inside, exp.gather(1, column), target_logit)
+        largest.append(exp.amax(dim=1, keepdim=True))
+        exp.sub_(largest[-1]).exp_()
+        totals.append(exp.sum(dim=1, keepdim=True))
+        if keep:
+            exp.scatter_(1, column, exp.gather(1, column).masked_fill_(inside, 0))
+            exps.append(logits.copy_(exp))
+    tops = torch.cat(largest, dim=1)
+    log_total = (tops + torch.cat(totals, dim=1).log()).logsumexp(dim=1, keepdim=True)
+    return log_total - target_logit, exps, (tops - log_total).exp()
 
 
 class RowCrossEntropy(torch.autograd.Function):
