@@ -113,11 +113,12 @@ class Recipe:
     cooldown_fraction: float = 0.3
     weight_decay: float = 0.1
     embedding_lr_ratio: float = 1.0
+    ingredients: str = ""  # of benchmarks/ingredients.py, separated by commas
 
     @classmethod
     def of_preset(cls, name: str) -> "Recipe":
         p = PRESETS[name]
-        names = [f.name for f in dataclasses.fields(cls) if f.name not in ("warmup", "learning_rate")]
+        names = [f.name for f in dataclasses.fields(cls) if hasattr(p, f.name) and f.name != "learning_rate"]
         rate = p.learning_rate * 2  # small models take larger rates
         return cls(rate, warmup=p.warmup_steps / p.max_steps, **{name: getattr(p, name) for name in names})
 
@@ -183,8 +184,11 @@ class Ladder:
             "sample_interval": 0,
             "keep_checkpoints": 1,
         }
-        command = [sys.executable, str(ROOT / "train_gpt2.py"), "--resume"]
-        for name, value in {**flags, **flags_of_place}.items():
+        own = {**flags, **flags_of_place}
+        ingredients = own.pop("ingredients")
+        script = ["benchmarks/ingredients.py", ingredients] if ingredients else ["train_gpt2.py"]
+        command = [sys.executable, str(ROOT / script[0]), *script[1:], "--resume"]
+        for name, value in own.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         threads = max(1, (os.cpu_count() or 1) // s.jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
