@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the m
 import gpu_parts
 import gpu_runs
 import numpy as np
-import optimizers
 import peers
 import torch
 from gpu_parts import Part, Settings
@@ -191,9 +190,22 @@ def shown(value: object) -> str:
 
 def draw_recipes(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Validation loss against tokens and seconds; the dotted line is where the first recipe ends."""
-    arrays = {name: {axis: np.array(v) for axis, v in curve.items()} for name, curve in curves.items()}
-    target = float(next(iter(arrays.values()))["loss"][-1])
-    optimizers.draw(arrays, target, path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
+    both = figure.subplots(1, 2, sharey=True)
+    target = next(iter(curves.values()))["loss"][-1]
+    for axes, unit, label in zip(both, ("tokens", "seconds"), ("tokens", "seconds of training"), strict=True):
+        for name, curve in curves.items():
+            axes.plot(curve[unit], curve["loss"], linewidth=1.5, label=name)
+        axes.axhline(target, color="black", linestyle=":", linewidth=1)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    top = np.median([curve["loss"][1] for curve in curves.values()])
+    both[0].set_ylim(min(min(curve["loss"]) for curve in curves.values()) - 0.1, top)
+    both[0].set_ylabel("validation loss (nats per token)")
+    both[0].legend(frameon=False)
+    figure.savefig(path)
 
 
 def draw_losses(curves: dict[str, list[float]], path: Path) -> None:

@@ -16,10 +16,11 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules above this folder
 
-import optimizers
+import numpy as np
 import peers
 import torch
 from gpu_parts import RECIPE, ROOT, TINY, Part, figures, recipe_step
+from recipe import Recipe
 
 import bench
 import dataloader
@@ -178,13 +179,8 @@ def losses_beside(part: Part, found: dict[str, Path], B: int) -> dict[str, objec
 
 # ---------------------------------------------------------------- 5: recipes
 
-CANDIDATES = tuple(
-    optimizers.Candidate(name, preset, (PRESETS[preset].learning_rate,))
-    for name, preset in (
-        ("recipe's AdamW", "gpt2-124m"), ("tuned AdamW", "gpt2-124m-tuned"), ("Muon", "gpt2-124m-muon"),
-    )
-)  # fmt: skip
-RECIPES = {"total_batch_size": 65_536, "val_tokens": 524_288, "val_interval": 25}
+CANDIDATES = {"recipe's AdamW": "gpt2-124m", "tuned AdamW": "gpt2-124m-tuned", "Muon": "gpt2-124m-muon"}
+SHAPE = {"total_batch_size": 65_536, "val_tokens": 524_288, "val_interval": 25}
 STARTING_SECONDS = 60  # of a run, its compilation and validations
 
 
@@ -195,25 +191,39 @@ def recipes(part: Part) -> None:
     else:
         measured = part.earlier("speed").get("one_micro_batch", {})
         rate = measured.get("tokens_per_sec") or bench.measure_apart(part.bench())["tokens_per_sec"]
-        fitting = (part.left / len(CANDIDATES) - STARTING_SECONDS) * rate / RECIPES["total_batch_size"]
-        steps, shape = min(1000, int(fitting)) // 25 * 25, RECIPES
+        fitting = (part.left / len(CANDIDATES) - STARTING_SECONDS) * rate / SHAPE["total_batch_size"]
+        steps, shape = min(1000, int(fitting)) // 25 * 25, SHAPE
         if steps <= 0:
             raise UserError(f"--minutes: {part.left:.0f} s are too few for three runs: raise it")
     curves: dict[str, dict[str, list[float]]] = {}
     rows = []
-    for candidate in CANDIDATES:
-        (peak,), run = candidate.learning_rates, part.s.out.resolve() / "recipes" / candidate.preset
+    for name, preset in CANDIDATES.items():
+        run, peak = part.s.out.resolve() / "recipes" / preset, PRESETS[preset].learning_rate
+        settings = {**Recipe.of_preset(preset).flags(steps), "learning_rate": peak, "max_steps": steps}
         flags = part.training_flags(
-            out_dir=run, overwrite=True, max_steps=steps, learning_rate=peak, hellaswag_interval=0,
-            sample_interval=0, keep_checkpoints=1, **shape,
+            out_dir=run, overwrite=True, hellaswag_interval=0, sample_interval=0, keep_checkpoints=1,
+            **settings, **shape,
         )  # fmt: skip
-        part.script("train_gpt2.py", *flags, *candidate.flags(steps))
-        curve = {axis: values.tolist() for axis, values in optimizers.curve(run).items()}
-        curves[candidate.name] = curve
+        part.script("train_gpt2.py", *flags)
+        curve = loss_curve(run)
+        curves[name] = curve
         last = {"tokens": curve["tokens"][-1], "seconds": curve["seconds"][-1], "val_loss": curve["loss"][-1]}
-        rows.append({"recipe": candidate.name, "learning_rate": peak, "steps": steps, **last})
+        rows.append({"recipe": name, "learning_rate": peak, "steps": steps, **last})
         part.note("curves", curves)
         part.note("runs", rows)
+
+
+def loss_curve(run: Path) -> dict[str, list[float]]:
+    """A run's validation losses, with the tokens and the seconds of training behind each."""
+    tokens, seconds, curve = 0, 0.0, {"tokens": [], "seconds": [], "loss": []}
+    for record in metrics.read(run / "metrics.jsonl"):
+        if record["kind"] == "train":
+            tokens, seconds = record["tokens"], seconds + record["step_ms"] / 1000
+        elif record["kind"] == "val":
+            loss = np.inf if record["loss"] is None else record["loss"]
+            for values, value in zip(curve.values(), (tokens, seconds, loss), strict=True):
+                values.append(value)
+    return curve
 
 
 # ---------------------------------------------------------------- 6: between steps

@@ -125,6 +125,7 @@ class Recipe:
     def flags(self, steps: int) -> dict[str, object]:
         values = dataclasses.asdict(self)
         values["warmup_steps"] = round(values.pop("warmup") * steps)
+        del values["ingredients"]
         return values
 
 
@@ -172,6 +173,8 @@ class Ladder:
         flags = {**shape.flags(), **RECIPES[recipe].flags(steps), "learning_rate": rate}
         flags |= {"max_steps": steps, "seed": seed, "val_tokens": VAL_TOKENS, "dtype": s.dtype}
         key = {"rung": rung, "recipe": recipe, "length": length, "flags": flags}
+        if ingredients := RECIPES[recipe].ingredients:
+            key["ingredients"] = ingredients
         if found := self.find(key):
             return found
         run = s.out_dir / f"{rung}-{recipe}-{rate:g}-{length:g}-{seed}"
@@ -184,11 +187,9 @@ class Ladder:
             "sample_interval": 0,
             "keep_checkpoints": 1,
         }
-        own = {**flags, **flags_of_place}
-        ingredients = own.pop("ingredients")
         script = ["benchmarks/ingredients.py", ingredients] if ingredients else ["train_gpt2.py"]
         command = [sys.executable, str(ROOT / script[0]), *script[1:], "--resume"]
-        for name, value in own.items():
+        for name, value in {**flags, **flags_of_place}.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         threads = max(1, (os.cpu_count() or 1) // s.jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

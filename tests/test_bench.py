@@ -1,14 +1,12 @@
 """bench.py at toy size, and the plan's formulas against known figures."""
 
-import importlib.util
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, T, run_script
+from helpers import T, run_script
 
 import bench
 import train_gpt2
@@ -220,23 +218,3 @@ def test_a_plan_with_recompute_takes_less_memory_and_more_time() -> None:
     # What the compiled graphs keep, counted on fake CUDA tensors.
     needed = 16 * config.n_parameters + 4.81e9
     assert planning.memory_bytes(config, 1024, 64, recompute=True) == pytest.approx(needed, rel=0.05)
-
-
-def test_optimizers_are_compared_to_the_recipes_last_loss(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("optimizers", ROOT / "benchmarks" / "optimizers.py")
-    optimizers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(optimizers)
-    curve = {"tokens": np.array([0, 100, 200]), "loss": np.array([10.0, 6.0, 4.0])}
-    assert optimizers.first_reach(curve, 5.0, "tokens") == 150
-    assert optimizers.first_reach(curve, 3.0, "tokens") is None
-    lines = [
-        {"step": 0, "kind": "val", "loss": 10.0},
-        {"step": 1, "kind": "train", "loss": 9.0, "tokens": 64, "step_ms": 500.0},
-        {"step": 2, "kind": "train", "loss": 8.0, "tokens": 128, "step_ms": 250.0},
-        {"step": 2, "kind": "val", "loss": 7.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + os.linesep for line in lines))
-    read = optimizers.curve(tmp_path)
-    assert {key: values.tolist() for key, values in read.items()} == {
-        "tokens": [0, 128], "seconds": [0, 0.75], "loss": [10.0, 7.0],
-    }  # fmt: skip

@@ -1,0 +1,115 @@
+"""benchmarks/recipe.py: the sweep, its cache, and how runs of several lengths are compared."""
+
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, write_shard
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import recipe
+from recipe import Ladder, Settings
+
+
+def law(tokens: float, factor: float) -> float:
+    """The loss of a recipe that makes do with 1/factor of the tokens."""
+    return 8 - 0.5 * math.log(factor * tokens)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.5, 3.9])
+def test_tokens_to_a_loss(factor: float) -> None:
+    tokens = [1e6, 2e6, 4e6]
+    losses = [law(t, factor) for t in tokens]
+    target = law(4e6, 1)
+    assert recipe.tokens_to_reach(target, tokens, losses) == pytest.approx(4e6 / factor)
+
+
+def test_no_guess_far_beyond_the_runs() -> None:
+    tokens = [1e6, 2e6]
+    assert math.isnan(recipe.tokens_to_reach(law(4.1e6, 1), tokens, [law(t, 1) for t in tokens]))
+    assert math.isnan(recipe.tokens_to_reach(5.0, tokens, [6.0, 6.1]))
+
+
+def test_confidence_interval() -> None:
+    mean, half = recipe.interval([1.0, 2.0, 3.0])
+    assert mean == 2
+    assert half == pytest.approx(4.303 / math.sqrt(3))  # Student's t for two degrees of freedom
+    assert math.isnan(recipe.interval([1.0])[1])
+
+
+@pytest.mark.parametrize("best", [-3, 0, 2])
+def test_the_sweep_goes_on_until_the_best_lies_between_two(
+    best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def start(self: Ladder, rung: str, name: str, rate: float, length: float, seed: int) -> Future:
+        k = round(math.log2(rate / recipe.RECIPES[name].learning_rate))
+        tried.append(k)
+        future: Future = Future()
+        future.set_result({"loss": None if k > 2 else (k - best) ** 2})  # above 2 it diverges
+        return future
+
+    monkeypatch.setattr(Ladder, "start", start)
+    ladder = Ladder(Settings(results=tmp_path / "results.jsonl"))
+    found = ladder.best_rate("2x64", "muon")
+    assert found == recipe.RECIPES["muon"].learning_rate * 2.0**best
+    assert {best - 1, best, best + 1} <= set(tried)
+    assert len(tried) == len(set(tried))
+
+
+def test_a_run_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "tiny_val_000000.npy", 40 * 64)
+    write_shard(tmp_path / "tiny_train_000001.npy", 400 * 64, 1)
+    monkeypatch.setitem(recipe.RUNGS, "2x64", recipe.Rung(1, 64, 64, 16))
+    s = Settings(data_dir=tmp_path, results=tmp_path / "results.jsonl", out_dir=tmp_path / "runs")
+    run = ("2x64", "muon", 1e-3, 0.003, 1)
+    result = Ladder(s).train(*run)
+    assert result["tokens"] == 2 * 64
+    assert result["flags"]["optimizer"] == "muon"
+    assert [json.loads(line) for line in s.results.read_text().splitlines()] == [result]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
+    assert Ladder(s).train(*run) == result
+
+
+def results(name: str, factor: float, noise: tuple[float, ...]) -> list[recipe.Result]:
+    """Runs at three rates with the first seed, and at the best of them with three seeds and two lengths."""
+    common = {"rung": "2x64", "recipe": name, "seconds": 10.0 / factor}
+    runs = [
+        {**common, "length": 5.0, "tokens": 1e6, "loss": law(1e6, factor) + worse, "flags": flags}
+        for worse, flags in (
+            (0.3, {"learning_rate": 1e-3, "seed": 1}),
+            (0.2, {"learning_rate": 4e-3, "seed": 1}),
+        )
+    ]
+    for seed, off in enumerate(noise, start=1):
+        flags = {"learning_rate": 2e-3, "seed": seed}
+        runs += [
+            {**common, "length": n, "tokens": t, "loss": law(t, factor) + off, "flags": flags}
+            for n, t in ((5.0, 1e6), (10.0, 2e6))
+        ]
+    return runs
+
+
+def test_recipes_are_compared_by_seed() -> None:
+    """What a seed does to both sides takes nothing from the certainty of the comparison."""
+    noise = (0.1, -0.1, 0.05)
+    runs = results("reference", 1.0, noise) + results("muon", 1.6, noise)
+    row = recipe.compare(runs, "2x64", "muon")
+    assert (row["rate"], row["length"], row["seeds"]) == (2e-3, 10.0, 3)
+    assert row["ratio"] == pytest.approx(1 / 1.6)
+    assert row["ratio_low"] == pytest.approx(row["ratio_high"])
+    assert row["difference"] == pytest.approx(-0.5 * math.log(1.6))
+    assert row["step_time"] == pytest.approx(1 / 1.6)
+    other = recipe.compare(
+        results("reference", 1.0, noise) + results("muon", 1.6, noise[::-1]), "2x64", "muon"
+    )
+    assert other["ratio_low"] < other["ratio"] < other["ratio_high"]
+    assert recipe.compare(runs, "2x128", "muon") is None
+    text = recipe.table([row])
+    assert "| 2x64 | muon | 0.002 | 10 | 3 |" in text
