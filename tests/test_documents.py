@@ -1,0 +1,104 @@
+"""README.md and README.zh-CN.md say the same; what the documents name is there."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+import bench
+import generate
+import hellaswag
+import plot_loss
+import settings
+import upload_hf
+from pre_tokens import fetch_tokens_hf, handle_tokens, transfer_tokens_hf
+
+ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+DOCUMENTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("*.md"))
+DOCUMENTS += [Path("support/README.md"), Path("pre_tokens/README.md")]
+# Flags of torchrun, Docker, SLURM, pip, uv and pytest, and those of scripts in benchmarks/ and tests/.
+OTHERS = {
+    "--standalone", "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv_backend", "--rdzv_id",
+    "--rdzv_endpoint", "--gpus", "--ipc", "--rm", "--job-name", "--nodes", "--ntasks-per-node",
+    "--gpus-per-node", "--time", "--signal", "--requeue", "--index-url", "--hypothesis-profile", "--help",
+    "--minutes", "--tiny", "--peer", "--only", "--out", "--processes", "--lengths", "--rungs", "--recipes",
+    "--seeds", "--jobs", "--results", "--report", "--data", "--prompt-tokens", "--limit", "--rounds",
+}  # fmt: skip
+
+
+def code_blocks(text: str) -> list[str]:
+    """Indented lines, without the remarks behind them."""
+    lines = re.findall(r"^    (.*)$", text, re.MULTILINE)
+    return [re.sub(r"\s+# .*|  +.*[^\x00-\x7F].*|\s{2,}\S.*$", "", line).rstrip() for line in lines]
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+
+
+def test_both_readmes_have_the_same_sections() -> None:
+    shapes = [
+        re.findall(r"^(#+) |^(\|---)|^(!\[)|^(- \*\*)", text, re.MULTILINE) for text in (ENGLISH, CHINESE)
+    ]
+    assert shapes[0] == shapes[1]
+    rows = [
+        [line.count("|") for line in text.splitlines() if line.startswith("|")] for text in (ENGLISH, CHINESE)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_both_readmes_have_the_same_commands_and_names() -> None:
+    assert code_blocks(ENGLISH) == code_blocks(CHINESE)
+    names = [sorted(re.findall(r"`([^`]+)`", prose(text))) for text in (ENGLISH, CHINESE)]
+    assert names[0] == names[1]
+
+
+def test_both_readmes_have_the_same_figures() -> None:
+    """Numbers written in digits; "10 billion tokens" is "100 亿 token"."""
+    english = prose(ENGLISH).replace("10 billion tokens", "100")
+    figures = [sorted(re.findall(r"\d[\d,.]*\d|\d", t)) for t in (english, prose(CHINESE))]
+    assert figures[0] == figures[1]
+
+
+def test_both_readmes_link_to_the_same_places() -> None:
+    links = [re.findall(r"\]\(([^)]+)\)", text)[1:] for text in (ENGLISH, CHINESE)]
+    assert sorted(links[0]) == sorted(links[1])
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / name if name else ROOT / document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_flags_exist(document: Path) -> None:
+    modules = [bench, generate, hellaswag, plot_loss, settings, upload_hf]
+    modules += [fetch_tokens_hf, handle_tokens, transfer_tokens_hf]
+    known = {f.name for module in modules for f in dataclasses.fields(module.Settings)}
+    text = re.sub(r"`git [^`]*`|pip install [^\n`]*", "", (ROOT / document).read_text(encoding="utf-8"))
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - OTHERS:
+        name = flag[2:].removeprefix("no-") if flag[2:].replace("-", "_") not in known else flag[2:]
+        assert name.replace("-", "_") in known, flag
+
+
+@pytest.mark.parametrize("folder", ["support", "pre_tokens"])
+def test_every_file_has_a_row(folder: str) -> None:
+    listed = re.findall(
+        r"^\| `(\w+\.py)` \|", (ROOT / folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(p.name for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py")
