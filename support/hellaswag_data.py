@@ -60,7 +60,11 @@ def fetch() -> Path:
             problems.append(str(error))
             continue
         files.make_folder(FOLDER)
-        files.write_atomically(FOLDER / name, content)
+        lock = files.lock_folder(FOLDER, wait=True)  # machines that share the disk fetch it at the same time
+        try:
+            files.write_atomically(FOLDER / name, content)
+        finally:
+            lock.release()
         return FOLDER / name
     raise UserError(
         f"HellaSwag cannot be fetched from {' or '.join(problems)}: set HF_ENDPOINT to a mirror of the Hub, "

@@ -25,7 +25,7 @@ from loopback_hub import TOKEN, LoopbackHub
 import hellaswag
 from hellaswag import Example
 from model import GPT, GPTConfig
-from support import hellaswag_data, metrics, tokenizer
+from support import files, hellaswag_data, metrics, tokenizer
 from support.cli import UserError
 from support.runtime import Runtime
 
@@ -233,8 +233,8 @@ class Places:
         self.hub = hub
         self.github: bytes | None = github
         self.github_headers: list[dict[str, str]] = []
-        files = {"hellaswag_val.jsonl": github, "hellaswag_val.parquet": parquet}
-        self.sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        both = {"hellaswag_val.jsonl": github, "hellaswag_val.parquet": parquet}
+        self.sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in both.items()}
         self.put(parquet)
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -283,10 +283,27 @@ def test_the_file_is_fetched_once(places: Places, data: Path) -> None:
     assert places.hits == (1, 0)
     assert "authorization" not in places.github_headers[0]
     path = hellaswag_data.FOLDER / "hellaswag_val.jsonl"
-    assert list(hellaswag_data.FOLDER.iterdir()) == [path]
+    assert {p.name for p in hellaswag_data.FOLDER.iterdir()} - {".lock"} == {path.name}
     path.write_bytes(b"damaged\n")
     with pytest.raises(UserError, match=r"val\.jsonl: not HellaSwag's .* 8 bytes.*remove it"):
         hellaswag.load()
+
+
+def test_two_machines_write_the_file_one_after_the_other(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, write = [], files.write_atomically
+
+    def write_atomically(path: Path, contents: bytes) -> None:
+        locked.append(files.lock_folder(path.parent) is None)
+        write(path, contents)
+
+    monkeypatch.setattr(files, "write_atomically", write_atomically)
+    hellaswag_data.fetch()
+    assert locked == [True]
+    lock = files.lock_folder(hellaswag_data.FOLDER)
+    assert lock is not None  # released
+    lock.release()
 
 
 @pytest.mark.parametrize("style", ["completion", "harness"])
@@ -296,7 +313,7 @@ def test_the_hub_has_the_same_examples(places: Places, data: Path, style: str) -
     assert hellaswag.load(style=style, limit=3) == hellaswag.load(data, style, limit=3)
     assert places.hits == (1, 1)
     path = hellaswag_data.FOLDER / "hellaswag_val.parquet"
-    assert list(hellaswag_data.FOLDER.iterdir()) == [path]
+    assert {p.name for p in hellaswag_data.FOLDER.iterdir()} - {".lock"} == {path.name}
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"val\.parquet: not HellaSwag's .*remove it"):
         hellaswag.load()
