@@ -102,7 +102,9 @@ def read(path: Path) -> list[str]:
     Raises OSError, UnicodeDecodeError, or UserError if it cannot be read.
     """
     if path.suffix != ".parquet":
-        return path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # Not str.splitlines(), which also divides at separators that JSON allows within a string.
+        with open(path, encoding="utf-8") as file:
+            return list(file)
     import pyarrow
     import pyarrow.parquet
 

@@ -47,6 +47,7 @@ RECORDS = [record(RNG) for _ in range(30)] + [
     record(RNG, ctx_a="[header] How to sit", ctx_b="[title] sit DOWN. [step]"),
     record(RNG, endings=["[substeps] go. [step]", " out", "in  the end", "[title] over. [title] again"]),
     record(RNG, endings=["same", "same", "same ", "same"]),
+    record(RNG, endings=["a line\u2028within", "a\x85one", "a\u2029one", "none"]),  # separators JSON allows
     record(RNG, endings=["[title]", "is cleaned", "to nothing", "first"]),  # loss over length is infinite
 ]
 
