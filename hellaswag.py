@@ -18,13 +18,10 @@ if __name__ == "__main__":
     launch.prepare()
 
 import dataclasses
-import hashlib
-import http.client
 import json
 import math
 import re
 import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,16 +32,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import GPT
-from support import cli, files, hardware, run_folder, runtime, tokenizer
+from support import cli, hardware, hellaswag_data, run_folder, runtime, tokenizer
 from support.cli import Dtype, UserError
 from support.runtime import Runtime
 
 Style = Literal["completion", "harness"]
 
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-N_EXAMPLES = 10_042
-CACHE = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
+N_EXAMPLES = 10_042  # of the published validation set
 
 # OpenAI's GPT-2 124M on all examples: acc, acc_norm.
 PUBLISHED = {"completion": (0.2859, 0.2955), "harness": (0.2892, 0.3114)}
@@ -81,33 +75,6 @@ class Score:
 # ---------------------------------------------------------------- data
 
 
-def fetch() -> Path:
-    """The published validation file, fetched once. Raises UserError if it cannot be fetched, or differs."""
-    if not CACHE.exists():
-        try:
-            with urllib.request.urlopen(URL, timeout=60) as response:
-                content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(
-                f"{URL} cannot be fetched ({error}): put it at {CACHE}, or name a local copy with --data "
-                "(in training --hellaswag-data)"
-            ) from error
-        _check(content, URL)
-        CACHE.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(CACHE, content.decode("utf-8"))
-    _check(CACHE.read_bytes(), str(CACHE))
-    return CACHE
-
-
-def _check(content: bytes, name: str) -> None:
-    lines, digest = content.count(b"\n"), hashlib.sha256(content).hexdigest()
-    if digest != SHA256:
-        raise UserError(
-            f"{name}: not HellaSwag's validation file ({lines} lines, sha256 {digest}; not {N_EXAMPLES}, "
-            f"{SHA256}): remove it to fetch it again"
-        )
-
-
 def prepare(data: str, rt: Runtime, required: bool) -> tuple[list[Example], str]:
     """The examples for a training run, of a local file or the published one; or none, and why there are none.
 
@@ -116,7 +83,7 @@ def prepare(data: str, rt: Runtime, required: bool) -> tuple[list[Example], str]
     examples, problem = [], ""
     try:
         if not data:
-            rt.run_on_some(rt.local_rank == 0, fetch, fetches=True)
+            rt.run_on_some(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
         examples = load(Path(data) if data else None)
     except UserError as error:
         if data and required:
@@ -134,9 +101,9 @@ def load(data: Path | None = None, style: Style = "completion", limit: int = 0) 
 
     limit: only the first N; 0: all. Raises UserError on a file that contains something else.
     """
-    path = data or fetch()
+    path = data or hellaswag_data.fetch()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = hellaswag_data.read(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as HellaSwag examples ({error}): check --data") from error
     examples = []
@@ -303,7 +270,7 @@ class Settings:
     model: str = "log"
     """A run (RUN:best: its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a Hub name."""
     data: Path | None = None
-    """A local file of HellaSwag examples. Default: the published validation file, fetched once."""
+    """A local file of examples: .jsonl, or the Hub's .parquet. Default: those published, fetched once."""
     limit: int = 0
     """Use only the first N examples. 0: all."""
     style: Style = "completion"
@@ -322,7 +289,7 @@ def main() -> None:
     if s.dtype == "auto" and rt.device.type == "cpu":
         rt = dataclasses.replace(rt, dtype=torch.float32)
     if s.data is None:
-        rt.run_on_some(rt.local_rank == 0, fetch, fetches=True)
+        rt.run_on_some(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
     examples = load(s.data, s.style, s.limit)
     model = GPT.from_pretrained(run_folder.find_model(s.model)).to(rt.device)
     begin = time.perf_counter()

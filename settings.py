@@ -108,7 +108,7 @@ class EvaluationSettings:
     hellaswag_interval: int = 250
     """Steps between HellaSwag evaluations; also before the first step and after the last. 0: none."""
     hellaswag_data: str = ""
-    """A local file of HellaSwag examples. Default: the published validation file, fetched once."""
+    """A local file of examples: .jsonl, or the Hub's .parquet. Default: those published, fetched once."""
     sample_interval: int = 1000
     """Steps between samples. 0: only at the end."""
     checkpoint_interval: int = 500

@@ -37,7 +37,7 @@ import torch
 from gpu_parts import Part, Settings
 
 from pre_tokens.shards import find_shards
-from support import cli, files, run_folder
+from support import cli, files, hellaswag_data, run_folder
 from support.cli import UserError
 
 # Each part and its share of the time: these minutes, of 25.
@@ -239,7 +239,7 @@ def main() -> None:
     for name in names:
         (s.results / f"{name}.json").unlink(missing_ok=True)
     if s.tiny and s.hellaswag_data:  # a few examples show as many errors
-        lines = s.hellaswag_data.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = hellaswag_data.read(s.hellaswag_data)
         s.hellaswag_data = s.out / "hellaswag.jsonl"
         s.hellaswag_data.write_text("".join(lines[:8]), encoding="utf-8")
     begun = {

@@ -10,15 +10,15 @@ from filelock import FileLock, Timeout
 from support.cli import UserError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's contents at once: a reader or a crash finds the old text or the new, never a part.
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Replace a file's contents at once: a reader or a crash finds the old ones or the new, never a part.
 
-    The new text is on the disk itself when this returns, in the same bytes on every system: line ends are not
-    translated.
+    The new contents are on the disk itself when this returns; text in the same bytes on every system, without
+    line ends translated.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
         file.flush()
         os.fsync(file.fileno())
     replace(temporary, path)

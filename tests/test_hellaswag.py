@@ -2,22 +2,30 @@
 
 import hashlib
 import http.server
+import io
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
 from helpers import TINY, T, as_flags, history, run_script
+from loopback_hub import TOKEN, LoopbackHub
 
 import hellaswag
 from hellaswag import Example
 from model import GPT, GPTConfig
-from support import metrics, tokenizer
+from support import files, hellaswag_data, metrics, tokenizer
 from support.cli import UserError
 from support.runtime import Runtime
 
@@ -39,6 +47,7 @@ RECORDS = [record(RNG) for _ in range(30)] + [
     record(RNG, ctx_a="[header] How to sit", ctx_b="[title] sit DOWN. [step]"),
     record(RNG, endings=["[substeps] go. [step]", " out", "in  the end", "[title] over. [title] again"]),
     record(RNG, endings=["same", "same", "same ", "same"]),
+    record(RNG, endings=["a line\u2028within", "a\x85one", "a\u2029one", "none"]),  # separators JSON allows
     record(RNG, endings=["[title]", "is cleaned", "to nothing", "first"]),  # loss over length is infinite
 ]
 
@@ -191,57 +200,208 @@ def test_nothing_is_compiled_anew(folder: Path, data: Path, monkeypatch: pytest.
 
 # ---------------------------------------------------------------- the file
 
+HUB_FILE = "data/validation-00000-of-00001.parquet"
+
+
+def as_on_the_hub(records: list[dict[str, object]]) -> bytes:
+    """The records as parquet in the layout of the data set Rowan/hellaswag."""
+    names = [
+        "activity_label",
+        "ctx_a",
+        "ctx_b",
+        "ctx",
+        "endings",
+        "source_id",
+        "split",
+        "split_type",
+        "label",
+    ]
+    text = {
+        name: pyarrow.list_(pyarrow.string()) if name == "endings" else pyarrow.string() for name in names
+    }
+    more = {"source_id": "wikihow~1", "split": "val", "split_type": "zeroshot"}
+    rows = [{"ind": i, **more, **r, "label": str(r["label"])} for i, r in enumerate(records)]
+    file = io.BytesIO()
+    table = pyarrow.Table.from_pylist(rows, pyarrow.schema({"ind": pyarrow.int32(), **text}))
+    pyarrow.parquet.write_table(table, file)
+    return file.getvalue()
+
+
+class Places:
+    """`github` is what GitHub serves, None: HTTP 404; `github_headers` those of each request it had."""
+
+    def __init__(self, hub: LoopbackHub, github: bytes, parquet: bytes) -> None:
+        self.hub = hub
+        self.github: bytes | None = github
+        self.github_headers: list[dict[str, str]] = []
+        both = {"hellaswag_val.jsonl": github, "hellaswag_val.parquet": parquet}
+        self.sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in both.items()}
+        self.put(parquet)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(handler) -> None:
+                self.github_headers.append({k.lower(): v for k, v in handler.headers.items()})
+                handler.send_response(200 if self.github else 404)
+                handler.end_headers()
+                handler.wfile.write(self.github or b"404: Not Found")
+
+            def log_message(handler, *args: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.github_url = f"http://127.0.0.1:{self.server.server_port}/val.jsonl"
+
+    def put(self, parquet: bytes) -> None:
+        """Make this the Hub's file, at the commit that is asked for; the branch moves on."""
+        repo = self.hub.put("Rowan/hellaswag", {HUB_FILE: parquet}, "dataset")
+        repo.tags["218ec52e09a7e7462a5400043bb9a69a41d06b76"] = repo.sha
+        self.hub.put("Rowan/hellaswag", {HUB_FILE: b"another"}, "dataset")
+
+    @property
+    def hits(self) -> tuple[int, int]:
+        """Requests that GitHub and the Hub had; a redirect on the Hub counts once."""
+        return len(self.github_headers), sum("/resolve/" in path for _, path, _ in self.hub.requests)
+
 
 @pytest.fixture
-def site(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
-    """A web server in place of the published address; `content` is what it serves, `hits` its visitors."""
-    state: dict[str, object] = {"content": data.read_bytes(), "hits": 0}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            state["hits"] += 1
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(state["content"])
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
-    monkeypatch.setattr(hellaswag, "CACHE", tmp_path / "data" / "val.jsonl")
-    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(data.read_bytes()).hexdigest())
-    yield state
-    server.shutdown()
-    server.server_close()
+def places(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Places]:
+    """The two places on this machine, each with the examples as it publishes them."""
+    with LoopbackHub() as hub:
+        places = Places(hub, data.read_bytes(), as_on_the_hub(RECORDS))
+        hub.patch(monkeypatch, tmp_path)
+        monkeypatch.delenv("HF_ENDPOINT")  # the client knows the address already, as that of the real Hub
+        monkeypatch.setattr(hellaswag_data, "GITHUB", places.github_url)
+        monkeypatch.setattr(hellaswag_data, "FOLDER", tmp_path / "data")
+        monkeypatch.setattr(hellaswag_data, "SHA256", places.sha256)
+        yield places
+        places.server.shutdown()
+        places.server.server_close()
 
 
-def test_the_file_is_fetched_once(site: dict[str, object], data: Path) -> None:
+def test_the_file_is_fetched_once(places: Places, data: Path) -> None:
     assert hellaswag.load() == hellaswag.load() == hellaswag.load(data)
-    assert site["hits"] == 1
-    assert [path.name for path in hellaswag.CACHE.parent.iterdir()] == ["val.jsonl"]
-    hellaswag.CACHE.write_bytes(b"damaged\n")
-    with pytest.raises(UserError, match=r"val\.jsonl: not HellaSwag's .* \(1 lines.*remove it"):
+    assert places.hits == (1, 0)
+    assert "authorization" not in places.github_headers[0]
+    path = hellaswag_data.FOLDER / "hellaswag_val.jsonl"
+    assert {p.name for p in hellaswag_data.FOLDER.iterdir()} - {".lock"} == {path.name}
+    path.write_bytes(b"damaged\n")
+    with pytest.raises(UserError, match=r"val\.jsonl: not HellaSwag's .* 8 bytes.*remove it"):
         hellaswag.load()
 
 
-def test_another_file_is_not_kept(site: dict[str, object]) -> None:
-    site["content"] = site["content"][:-9]
-    with pytest.raises(UserError, match="not HellaSwag's validation file"):
+def test_two_machines_write_the_file_one_after_the_other(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, write = [], files.write_atomically
+
+    def write_atomically(path: Path, contents: bytes) -> None:
+        locked.append(files.lock_folder(path.parent) is None)
+        write(path, contents)
+
+    monkeypatch.setattr(files, "write_atomically", write_atomically)
+    hellaswag_data.fetch()
+    assert locked == [True]
+    lock = files.lock_folder(hellaswag_data.FOLDER)
+    assert lock is not None  # released
+    lock.release()
+
+
+@pytest.mark.parametrize("style", ["completion", "harness"])
+def test_the_hub_has_the_same_examples(places: Places, data: Path, style: str) -> None:
+    places.github = None
+    assert hellaswag.load(style=style) == hellaswag.load(data, style)
+    assert hellaswag.load(style=style, limit=3) == hellaswag.load(data, style, limit=3)
+    assert places.hits == (1, 1)
+    path = hellaswag_data.FOLDER / "hellaswag_val.parquet"
+    assert {p.name for p in hellaswag_data.FOLDER.iterdir()} - {".lock"} == {path.name}
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"val\.parquet: not HellaSwag's .*remove it"):
         hellaswag.load()
-    assert not hellaswag.CACHE.parent.exists()
+
+
+def test_another_file_is_not_taken(places: Places, data: Path) -> None:
+    places.github = places.github.replace(b"roof", b"root", 1)
+    assert hellaswag_data.fetch().suffix == ".parquet"
+    assert hellaswag.load() == hellaswag.load(data)
+
+
+@pytest.mark.parametrize(
+    "parquet",
+    [
+        as_on_the_hub(RECORDS[:-1]),
+        as_on_the_hub([*RECORDS[:-1], {**RECORDS[-1], "label": (RECORDS[-1]["label"] + 1) % 4}]),
+        as_on_the_hub([RECORDS[1], RECORDS[0], *RECORDS[2:]]),
+        as_on_the_hub(RECORDS)[:-9],
+    ],
+    ids=["a row less", "another label", "another order", "cut short"],
+)
+def test_a_damaged_copy_on_the_hub_is_not_taken(places: Places, parquet: bytes) -> None:
+    places.github = None
+    places.put(parquet)
+    with pytest.raises(UserError, match=rf"HTTP 404.*{HUB_FILE} .not HellaSwag's .*HF_ENDPOINT.*--data"):
+        hellaswag.load()
+    assert not hellaswag_data.FOLDER.exists()
+
+
+def test_a_mirror_of_the_hub_comes_first(
+    places: Places, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process that finds the address in its environment, as a reader's does."""
+    code = f"""if True:
+        from pathlib import Path
+        import hellaswag
+        from support import hellaswag_data
+        hellaswag_data.FOLDER = Path({str(tmp_path / "data")!r})
+        hellaswag_data.GITHUB = {places.github_url!r}
+        hellaswag_data.SHA256 = {places.sha256!r}
+        print(len(hellaswag.load()))
+    """
+    environment = {**os.environ, **places.hub.environment(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{len(RECORDS)}\n", done.stderr
+    assert places.hits == (0, 1)
+    assert hellaswag.load() == hellaswag.load(data)
+    tokens = [(path.split("/")[1], h.get("authorization")) for _, path, h in places.hub.requests]
+    assert tokens == [("datasets", f"Bearer {TOKEN}"), ("cdn", None)]
+
+    (hellaswag_data.FOLDER / "hellaswag_val.parquet").unlink()
+    places.hub.fail("/resolve/", status=503)
+    monkeypatch.setenv("HF_ENDPOINT", places.hub.endpoint)
+    assert hellaswag_data.fetch().suffix == ".jsonl"
+    assert places.hits == (1, 2)
+
+
+def test_neither_place_answers(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hellaswag_data, "GITHUB", "http://127.0.0.1:9/val.jsonl")
+    places.hub.fail("/cdn/", break_after=100)
+    message = r"from http://127\.0\.0\.1:9/val\.jsonl \(.+refused\) or http.*parquet \(.+\): set HF_ENDPOINT"
+    with pytest.raises(UserError, match=message):
+        hellaswag.load()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"val\.jsonl \(.*HF_HUB_OFFLINE.* or .*\(.*HF_HUB_OFFLINE"):
+        hellaswag.load()
+    # The client raises ImportError for a proxy that it needs another package for.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY")
+    with pytest.raises(UserError, match=r"val\.jsonl \(.+\) or .*parquet \(.+\): set"):
+        hellaswag.load()
+    assert not hellaswag_data.FOLDER.exists()
 
 
 def test_without_a_network_a_run_says_so_at_its_start_and_goes_on(
-    site: dict[str, object],
+    places: Places,
     train: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/val.jsonl")
+    monkeypatch.setattr(hellaswag_data, "GITHUB", "http://127.0.0.1:9/val.jsonl")
+    places.hub.fail("hellaswag", status=503)
     run = train(hellaswag_interval=2)
-    assert "warning: continuing without HellaSwag: http://127.0.0.1:9" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "warning: continuing without HellaSwag: HellaSwag cannot be fetched from http://127.0.0.1:9" in out
     assert {record["kind"] for record in metrics.read(run / "metrics.jsonl")} == {"train", "val", "event"}
     with pytest.raises(UserError, match="cannot be read"):
         train("other", hellaswag_interval=2, hellaswag_data="missing.jsonl")
@@ -268,6 +428,9 @@ def test_a_line_that_is_no_example_is_named(tmp_path: Path, line: str) -> None:
 def test_no_file_and_no_examples(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         hellaswag.load(tmp_path / "none.jsonl")
+    (tmp_path / "bad.parquet").write_bytes(as_on_the_hub(RECORDS)[:-9])
+    with pytest.raises(UserError, match=r"bad\.parquet: damaged"):
+        hellaswag.load(tmp_path / "bad.parquet")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match="holds no examples"):
         hellaswag.load(tmp_path / "empty.jsonl")
