@@ -2,13 +2,11 @@
 
     python benchmarks/beside_peers.py --peer build-nanogpt nanoGPT --dtype float32
 
-Each --peer is a folder with build-nanogpt's train_gpt2.py or nanoGPT's model.py. Each side runs in processes of
-its own, A B C A B C, with GPT-2 124M, random weights, and equal batches. benchmarks/gpu_report.py does the same on
-a GPU, with losses.
+Each --peer is a folder with build-nanogpt's train_gpt2.py or nanoGPT's model.py. Each side runs in processes
+of its own, A B C A B C, with GPT-2 124M, random weights and equal batches. On a GPU benchmarks/gpu_report.py
+does the same, and compares the losses.
 """
 
-import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -41,8 +39,6 @@ class Settings:
     """How often each side is measured."""
     dtype: Dtype = "float32"
     """Precision of matrix products in training; sampling is in float32."""
-    json: bool = False
-    """Print one JSON object."""
 
 
 def sampling_speed(folder: Path | None, new_tokens: int) -> float:
@@ -78,16 +74,10 @@ def main() -> None:
             result = measure()
             rows.append({"side": name, **{key: result[key] for key in ("tokens_per_sec", "memory_gb")}})
             sampled[name].append(peers.apart(sampling_speed, folder, s.new_tokens))
-            if not s.json:
-                print(f"{name:16} {result['tokens_per_sec']:8.1f} tokens/s in training", flush=True)
+            print(f"{name:16} {result['tokens_per_sec']:8.1f} tokens/s in training", flush=True)
     table = peers.medians(rows)
     for row in table:
         row["sampled_per_sec"] = statistics.median(sampled[row["side"]]) or None
-    if s.json:
-        print(
-            json.dumps({**dataclasses.asdict(s), "peer": list(map(str, s.peer)), "table": table}, default=str)
-        )
-        return
     print(f"\n{'':16} training   memory  ours / it   sampling")
     for row in table:
         sampling = f"{row['sampled_per_sec']:.1f}" if row["sampled_per_sec"] else "-"
