@@ -24,7 +24,8 @@ OTHERS = {
     "--rdzv_endpoint", "--gpus", "--ipc", "--rm", "--job-name", "--nodes", "--ntasks-per-node",
     "--gpus-per-node", "--time", "--signal", "--requeue", "--index-url", "--hypothesis-profile", "--help",
     "--minutes", "--tiny", "--peer", "--only", "--out", "--processes", "--lengths", "--rungs", "--recipes",
-    "--seeds", "--jobs", "--results", "--report", "--shm-size", "--data", "--prompt-tokens", "--limit", "--rounds",
+    "--seeds", "--jobs", "--results", "--report", "--shm-size", "--data", "--prompt-tokens", "--limit",
+    "--rounds",
 }  # fmt: skip
 
 
