@@ -75,7 +75,8 @@ class Life:
         record, under_way, _, parts = self.before
         opened = lambda: self.record() != record  # noqa: E731
         evaluating = lambda: self.under_way() not in ([], under_way)  # noqa: E731
-        ending = lambda: self.under_way() and self.under_way()[-1][1].endswith((".txt", ".png"))  # noqa: E731
+        # Read once: between two looks the list may become empty.
+        ending = lambda: any(name.endswith((".txt", ".png")) for _, name in self.under_way()[-1:])  # noqa: E731
         signs = {
             "fetch": lambda: self.parts() not in ([], parts),
             "start-up": lambda: not opened(),
