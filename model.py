@@ -274,7 +274,9 @@ class GPT(nn.Module):
         states = self.hidden(idx)
         # Logits that are returned take part in backward, with a gradient of their size even if it is zero.
         if targets is not None and not return_logits:
-            cross_entropy = BlockCrossEntropy if states.device.type == "cpu" else RowCrossEntropy
+            # The compiler would unroll all blocks, and fuses the passes over a row by itself.
+            in_blocks = states.device.type == "cpu" and not torch.compiler.is_compiling()
+            cross_entropy = BlockCrossEntropy if in_blocks else RowCrossEntropy
             head = (self.lm_head.weight, targets.flatten(), self.config.vocab_size, loss_chunks)
             return None, cross_entropy.apply(states.flatten(0, 1), *head)
         logits = self.head(states)
