@@ -27,6 +27,7 @@ TINY = {
     "warmup_steps": 2,
     "optimizer": "adamw",
     "learning_rate": 1e-2,
+    "embedding_lr_ratio": 1.0,
     "schedule": "cosine",
     "min_lr_ratio": 0.1,
     "val_interval": 2,
