@@ -11,7 +11,7 @@ import fake_library
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from groups import GROUPS
+from groups import GROUPS, SLOW_GROUPS
 from helpers import environment
 
 SCRIPT = Path(__file__).with_name("fake_training.py")
@@ -57,7 +57,7 @@ def run_group(name: str, folder: Path, wait: bool) -> None:
     try:
         with FileLock(file.with_suffix(".lock"), timeout=-1 if wait else 0):
             if not output(folder, name).exists():
-                file.write_text(json.dumps(GROUPS[name]))
+                file.write_text(json.dumps({**GROUPS, **SLOW_GROUPS}[name]))
                 command = [sys.executable, str(SCRIPT), "--cases", str(file)]
                 done = subprocess.run(command, env=environment(), capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr
