@@ -283,7 +283,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        return logits if return_logits else None, loss
+        return logits, loss
 
     def generate(
         self,
