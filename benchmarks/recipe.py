@@ -158,7 +158,7 @@ class Ladder:
 
     def find(self, key: Result) -> Result | None:
         """The result of the run with these settings."""
-        return next((r for r in self.results if all(r[name] == key[name] for name in key)), None)
+        return next((r for r in self.results if all(r.get(name) == key[name] for name in key)), None)
 
     def start(
         self, rung: str, recipe: str, rate: float, length: float, seed: int
