@@ -3,7 +3,7 @@
     python benchmarks/recipe.py --data-dir DIR --rungs 2x64 2x128 --seeds 3    # train what has no result yet
     python benchmarks/recipe.py --report                                      # only the table and the figure
 
-Each recipe is trained on each rung at several learning rates, a factor of 2 apart, until the best of them
+Each recipe is trained on each rung at several learning rates, a factor of 1.4 apart, until the best of them
 lies between two others; then at the best one with several seeds and for several lengths, each with its own
 decay. The measure is the tokens after which a recipe has the loss that the reference recipe ends with,
 interpolated between its lengths in the logarithm of the tokens. Seeds are paired: each gives initial weights
@@ -29,6 +29,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules above this folder
+
+import vocabulary
 
 from model import GPTConfig
 from settings import PRESETS
@@ -71,6 +73,7 @@ class Rung:
     n_embd: int
     total_batch_size: int
     sequence_length: int = 256
+    vocab_size: int = 2048
 
     @property
     def block_parameters(self) -> int:
@@ -79,7 +82,7 @@ class Rung:
     @property
     def n_parameters(self) -> int:
         heads = self.n_embd // 64
-        shape = (self.sequence_length, tokenizer.VOCAB_SIZE, self.n_layer, heads, self.n_embd)
+        shape = (self.sequence_length, self.vocab_size, self.n_layer, heads, self.n_embd)
         return GPTConfig(*shape).n_parameters
 
     def steps(self, length: float) -> int:
@@ -96,7 +99,7 @@ RUNGS = {
     "2x128": Rung(2, 128, 2048),
     "4x192": Rung(4, 192, 4096),
     "6x256": Rung(6, 256, 8192),
-    "12x768": Rung(12, 768, 65_536, 1024),
+    "12x768": Rung(12, 768, 65_536, 1024, tokenizer.VOCAB_SIZE),
 }
 VAL_TOKENS = 65_536
 
@@ -113,7 +116,7 @@ class Recipe:
     cooldown_fraction: float = 0.3
     weight_decay: float = 0.1
     embedding_lr_ratio: float = 1.0
-    ingredients: str = ""  # of benchmarks/ingredients.py, separated by commas
+    ingredients: str = ""  # of benchmarks/trial.py, separated by commas
 
     @classmethod
     def of_preset(cls, name: str) -> "Recipe":
@@ -172,14 +175,14 @@ class Ladder:
         steps = shape.steps(length)
         flags = {**shape.flags(), **RECIPES[recipe].flags(steps), "learning_rate": rate}
         flags |= {"max_steps": steps, "seed": seed, "val_tokens": VAL_TOKENS, "dtype": s.dtype}
-        key = {"rung": rung, "recipe": recipe, "length": length, "flags": flags}
-        if ingredients := RECIPES[recipe].ingredients:
-            key["ingredients"] = ingredients
+        ingredients = RECIPES[recipe].ingredients
+        key = {"rung": rung, "vocab_size": shape.vocab_size, "recipe": recipe, "ingredients": ingredients}
+        key |= {"length": length, "flags": flags}
         if found := self.find(key):
             return found
         run = s.out_dir / f"{rung}-{recipe}-{rate:g}-{length:g}-{seed}"
         flags_of_place = {
-            "data_dir": s.data_dir,
+            "data_dir": self.data_dir(shape),
             "dataset_repo": "none",
             "out_dir": run,
             "val_interval": steps,  # before the first step and after the last
@@ -187,8 +190,8 @@ class Ladder:
             "sample_interval": 0,
             "keep_checkpoints": 1,
         }
-        script = ["benchmarks/ingredients.py", ingredients] if ingredients else ["train_gpt2.py"]
-        command = [sys.executable, str(ROOT / script[0]), *script[1:], "--resume"]
+        script = str(ROOT / "benchmarks" / "trial.py")
+        command = [sys.executable, script, str(shape.vocab_size), ingredients, "--resume"]
         for name, value in {**flags, **flags_of_place}.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         threads = max(1, (os.cpu_count() or 1) // s.jobs)
@@ -206,19 +209,29 @@ class Ladder:
         print(f"{run.name:32} loss {result['loss']:.4f}  {result['seconds']:.0f} s", flush=True)
         return result
 
+    def data_dir(self, shape: Rung) -> Path:
+        """The folder of shards in this rung's vocabulary."""
+        if shape.vocab_size == tokenizer.VOCAB_SIZE:
+            return self.s.data_dir
+        folder = self.s.out_dir / f"tokens-{shape.vocab_size}"
+        with self.lock:
+            vocabulary.reencode_folder(self.s.data_dir, folder, shape.vocab_size)
+        return folder
+
     def best_rate(self, rung: str, recipe: str) -> float:
-        """The best learning rate at the shortest length with the first seed; its neighbours are worse."""
-        length = min(self.s.lengths)
+        """The best learning rate at the shortest length with the first seed; its neighbours are worse.
+
+        A factor of 2 apart at first, then the square root of 2.
+        """
+        length, start = min(self.s.lengths), RECIPES[recipe].learning_rate
         losses: dict[int, float] = {}
-        wanted = {-1, 0, 1}
-        while wanted:
-            runs = {
-                k: self.start(rung, recipe, RECIPES[recipe].learning_rate * 2.0**k, length, 1) for k in wanted
-            }
-            losses |= {k: as_loss(future.result()["loss"]) for k, future in runs.items()}
-            best = min(losses, key=losses.get)
-            wanted = {best - 1, best + 1} - set(losses)
-        return RECIPES[recipe].learning_rate * 2.0**best
+        best = 0
+        for step in (2, 1):
+            while wanted := {best - step, best, best + step} - set(losses):
+                runs = {k: self.start(rung, recipe, start * 2 ** (k / 2), length, 1) for k in wanted}
+                losses |= {k: as_loss(future.result()["loss"]) for k, future in runs.items()}
+                best = min(losses, key=losses.get)
+        return start * 2 ** (best / 2)
 
 
 def as_loss(value: float | None) -> float:

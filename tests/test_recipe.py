@@ -7,13 +7,17 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT, write_shard
 
 sys.path.append(str(ROOT / "benchmarks"))
 
 import recipe
+import vocabulary
 from recipe import Ladder, Settings
+
+from support import tokenizer
 
 
 def law(tokens: float, factor: float) -> float:
@@ -42,23 +46,23 @@ def test_confidence_interval() -> None:
     assert math.isnan(recipe.interval([1.0])[1])
 
 
-@pytest.mark.parametrize("best", [-3, 0, 2])
+@pytest.mark.parametrize("best", [-5, 0, 3])
 def test_the_sweep_goes_on_until_the_best_lies_between_two(
     best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
 
     def start(self: Ladder, rung: str, name: str, rate: float, length: float, seed: int) -> Future:
-        k = round(math.log2(rate / recipe.RECIPES[name].learning_rate))
+        k = round(2 * math.log2(rate / recipe.RECIPES[name].learning_rate))
         tried.append(k)
         future: Future = Future()
-        future.set_result({"loss": None if k > 2 else (k - best) ** 2})  # above 2 it diverges
+        future.set_result({"loss": None if k > 4 else (k - best) ** 2})  # above 4 it diverges
         return future
 
     monkeypatch.setattr(Ladder, "start", start)
     ladder = Ladder(Settings(results=tmp_path / "results.jsonl"))
     found = ladder.best_rate("2x64", "muon")
-    assert found == recipe.RECIPES["muon"].learning_rate * 2.0**best
+    assert found == recipe.RECIPES["muon"].learning_rate * 2 ** (best / 2)
     assert {best - 1, best, best + 1} <= set(tried)
     assert len(tried) == len(set(tried))
 
@@ -66,15 +70,32 @@ def test_the_sweep_goes_on_until_the_best_lies_between_two(
 def test_a_run_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shard(tmp_path / "tiny_val_000000.npy", 40 * 64)
     write_shard(tmp_path / "tiny_train_000001.npy", 400 * 64, 1)
-    monkeypatch.setitem(recipe.RUNGS, "2x64", recipe.Rung(1, 64, 64, 16))
+    monkeypatch.setitem(recipe.RUNGS, "2x64", recipe.Rung(1, 64, 64, 16, 300))
     s = Settings(data_dir=tmp_path, results=tmp_path / "results.jsonl", out_dir=tmp_path / "runs")
     run = ("2x64", "muon", 1e-3, 0.003, 1)
     result = Ladder(s).train(*run)
     assert result["tokens"] == 2 * 64
     assert result["flags"]["optimizer"] == "muon"
+    assert result["vocab_size"] == 300
     assert [json.loads(line) for line in s.results.read_text().splitlines()] == [result]
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
     assert Ladder(s).train(*run) == result
+
+
+@pytest.mark.parametrize("vocab_size", [257, 2048, 50257])
+def test_a_smaller_vocabulary_tells_the_same_text(vocab_size: int) -> None:
+    texts = ["", "Merges that were learned first.\n\n  Ünïcødé, 漢字, 🙂", "\x00 the the the", "naïve" * 30]
+    full, small = tokenizer.get_encoding(), vocabulary.encoding(vocab_size)
+    tokens = [id_ for text in texts for id_ in (50256, *full.encode_ordinary(text))]
+    ids = vocabulary.reencode(np.array(tokens, dtype=np.uint16), vocab_size)
+    assert ids.dtype == np.uint16
+    assert ids.max() == vocab_size - 1
+    assert small.decode(ids.tolist()) == full.decode(tokens)
+    assert np.flatnonzero(ids == vocab_size - 1)[0] == 0
+    if vocab_size == 257:  # no merges: bytes
+        assert len(ids) == sum(len(text.encode()) + 1 for text in texts)
+    if vocab_size == 50257:
+        assert ids.tolist() == tokens
 
 
 def results(name: str, factor: float, noise: tuple[float, ...]) -> list[recipe.Result]:

@@ -1,13 +1,14 @@
-"""Train with ingredients that no preset has, to see what they save.
+"""train_gpt2.py over a smaller vocabulary, and with ingredients that no preset has, to see what they save.
 
-    python benchmarks/ingredients.py normuon,cautious --optimizer muon …     # then the flags of train_gpt2.py
+    python benchmarks/trial.py 2048 normuon,cautious --optimizer muon …      # then the flags of train_gpt2.py
 
-benchmarks/recipe.py runs this for recipes that name ingredients. Each replaces a part of optim.py or model.py
-in this process, on one process only; what turns out to save tokens moves there, the rest goes.
+benchmarks/recipe.py runs this. Each ingredient replaces a part of optim.py or model.py in this process, on
+one process only; what turns out to save tokens moves there, the rest goes.
 """
 
 import math
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,10 +115,12 @@ def use(names: list[str]) -> None:
             model.GPT._init_weights = with_zeros
         elif name == "betas-80":
             torch.optim.AdamW = with_betas(torch.optim.AdamW, (0.8, 0.95))
-    TrialMuon.with_ = frozenset(names)
-    optim.Muon = TrialMuon
+    if names:
+        TrialMuon.with_ = frozenset(names)
+        optim.Muon = TrialMuon
 
 
 if __name__ == "__main__":
+    train_gpt2.tokenizer = types.SimpleNamespace(VOCAB_SIZE=int(sys.argv.pop(1)))
     use([name for name in sys.argv.pop(1).split(",") if name])
     cli.run(train_gpt2.main)
