@@ -133,14 +133,26 @@ class Recipe:
 
 
 REFERENCE = "reference"
+ADAMW = Recipe(4.8e-3, schedule="linear")
+MUON = dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7)
 RECIPES = {
     REFERENCE: Recipe.of_preset("gpt2-124m"),
-    "adamw-linear": Recipe(2.4e-3, schedule="linear"),
-    "muon": Recipe.of_preset("gpt2-124m-muon"),
-    "muon-70": dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7),
-    "muon-70-decay": dataclasses.replace(
-        Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7, weight_decay=0.4
-    ),
+    "adamw-linear": ADAMW,
+    "adamw-embedding-2": dataclasses.replace(ADAMW, embedding_lr_ratio=2.0),
+    "adamw-embedding-4": dataclasses.replace(ADAMW, embedding_lr_ratio=4.0),
+    "adamw-zero-init": dataclasses.replace(ADAMW, ingredients="zero-init"),
+    "adamw-betas-80": dataclasses.replace(ADAMW, ingredients="betas-80"),
+    "muon": dataclasses.replace(MUON, cooldown_fraction=0.3),
+    "muon-70": MUON,
+    "muon-linear": dataclasses.replace(MUON, schedule="linear"),
+    "muon-70-decay": dataclasses.replace(MUON, weight_decay=0.4),
+    "muon-70-decay-cautious": dataclasses.replace(MUON, weight_decay=0.4, ingredients="cautious"),
+    "muon-70-embedding-1": dataclasses.replace(MUON, embedding_lr_ratio=1.0),
+    "muon-70-embedding-4": dataclasses.replace(MUON, embedding_lr_ratio=4.0),
+    **{
+        f"muon-70-{name}": dataclasses.replace(MUON, ingredients=name)
+        for name in ("normuon", "polar-express", "cubic", "momentum-warmup", "zero-init", "betas-80")
+    },
 }
 
 
