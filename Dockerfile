@@ -1,4 +1,4 @@
-# README.md says how to build and run it.
+# workflow.md says how to build and run it.
 FROM pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 WORKDIR /gpt2
 COPY requirements.txt .

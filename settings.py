@@ -247,6 +247,7 @@ PRESETS = {
         val_tokens=16_384,
         hellaswag_interval=0,
         checkpoint_interval=100,
+        device="cpu",
     ),
 }
 

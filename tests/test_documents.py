@@ -57,8 +57,8 @@ def test_both_readmes_have_the_same_commands_and_names() -> None:
 
 
 def test_both_readmes_have_the_same_figures() -> None:
-    """Numbers written in digits; "10 billion tokens" is "100 亿 token"."""
-    english = prose(ENGLISH).replace("10 billion tokens", "100")
+    """Numbers written in digits; "10 billion tokens" is "100 亿 token", "7 million" is "700 万"."""
+    english = prose(ENGLISH).replace("10 billion tokens", "100").replace("7 million", "700")
     figures = [sorted(re.findall(r"\d[\d,.]*\d|\d", t)) for t in (english, prose(CHINESE))]
     assert figures[0] == figures[1]
 
