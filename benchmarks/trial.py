@@ -93,10 +93,32 @@ def with_betas(optimizer: type, betas: tuple[float, float]) -> Callable[..., tor
     return lambda *args, **options: optimizer(*args, **{**options, "betas": betas})
 
 
+def averaging(step: Callable[..., None], max_steps: int) -> Callable[..., None]:
+    """`optim.step` that ends with the weights' average over the last 5 % of the steps."""
+    last = max(1, max_steps // 20)
+    done, means = 0, []
+
+    @torch.no_grad()
+    def averaged(optimizers: list[torch.optim.Optimizer], *rest: object) -> None:
+        nonlocal done, means
+        step(optimizers, *rest)
+        done += 1
+        weights = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        n = done - (max_steps - last)
+        if n == 1:
+            means = [p.clone() for p in weights]
+        elif n > 1:
+            torch._foreach_lerp_(means, weights, 1 / n)
+        if done == max_steps:
+            torch._foreach_copy_(weights, means)
+
+    return averaged
+
+
 def use(names: list[str]) -> None:
     """Put the named ingredients into this process."""
     polynomials = {"polar-express": POLAR_EXPRESS, "cubic": CUBIC}
-    known = {*polynomials, "normuon", "cautious", "momentum-warmup", "zero-init", "betas-80"}
+    known = {*polynomials, "normuon", "cautious", "momentum-warmup", "zero-init", "betas-80", "average"}
     for name in names:
         if name not in known:
             raise UserError(f"{name}: not one of {', '.join(sorted(known))}")
@@ -113,6 +135,9 @@ def use(names: list[str]) -> None:
                         parameter.zero_()
 
             model.GPT._init_weights = with_zeros
+        elif name == "average":
+            max_steps = int(sys.argv[sys.argv.index("--max-steps") + 1])
+            optim.step = averaging(optim.step, max_steps)
         elif name == "betas-80":
             torch.optim.AdamW = with_betas(torch.optim.AdamW, (0.8, 0.95))
     if names:
