@@ -99,9 +99,9 @@ def averaging(step: Callable[..., None], max_steps: int) -> Callable[..., None]:
     done, means = 0, []
 
     @torch.no_grad()
-    def averaged(optimizers: list[torch.optim.Optimizer], *rest: object) -> None:
+    def averaged(optimizers: list[torch.optim.Optimizer], *args: object, **named: object) -> None:
         nonlocal done, means
-        step(optimizers, *rest)
+        step(optimizers, *args, **named)
         done += 1
         weights = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         n = done - (max_steps - last)
