@@ -348,6 +348,10 @@ def by_seed(results: list[Result], rung: str, recipe: str) -> dict[int, dict[flo
     return found
 
 
+def plus_minus(half: float) -> str:
+    return "" if math.isnan(half) else f" ± {half:.4f}"
+
+
 def table(rows: list[Result]) -> str:
     """The rows as Markdown."""
     lines = [
@@ -363,8 +367,10 @@ def table(rows: list[Result]) -> str:
             f"{r['length']:g}",
             str(r["seeds"]),
             f"{r['loss']:.4f}",
-            f"{r['difference']:+.4f} ± {r['difference_half']:.4f}",
-            f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
+            f"{r['difference']:+.4f}" + plus_minus(r["difference_half"]),
+            ""
+            if math.isnan(r["ratio"])
+            else f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
             f"{r['step_time']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
