@@ -19,6 +19,7 @@ import datetime
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -348,10 +349,6 @@ def by_seed(results: list[Result], rung: str, recipe: str) -> dict[int, dict[flo
     return found
 
 
-def plus_minus(half: float) -> str:
-    return "" if math.isnan(half) else f" ± {half:.4f}"
-
-
 def table(rows: list[Result]) -> str:
     """The rows as Markdown."""
     lines = [
@@ -367,12 +364,12 @@ def table(rows: list[Result]) -> str:
             f"{r['length']:g}",
             str(r["seeds"]),
             f"{r['loss']:.4f}",
-            f"{r['difference']:+.4f}" + plus_minus(r["difference_half"]),
-            ""
-            if math.isnan(r["ratio"])
-            else f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
+            f"{r['difference']:+.4f} ± {r['difference_half']:.4f}",
+            f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
             f"{r['step_time']:.2f}",
         ]
+        # One seed has no interval, one length no ratio.
+        cells = [re.sub(r" ± nan| ?\(nan to nan\)|^nan", "", cell) for cell in cells]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
