@@ -139,6 +139,8 @@ MUON = dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction
 RECIPES = {
     REFERENCE: Recipe.of_preset("gpt2-124m"),
     "adamw-linear": ADAMW,
+    "adamw-warmup-10": dataclasses.replace(ADAMW, warmup=0.1),
+    "adamw-cosine-warmup-10": dataclasses.replace(ADAMW, schedule="cosine", warmup=0.1),
     "adamw-embedding-2": dataclasses.replace(ADAMW, embedding_lr_ratio=2.0),
     "adamw-embedding-4": dataclasses.replace(ADAMW, embedding_lr_ratio=4.0),
     "adamw-zero-init": dataclasses.replace(ADAMW, ingredients="zero-init"),
