@@ -141,6 +141,7 @@ def use(names: list[str]) -> None:
         elif name == "betas-80":
             torch.optim.AdamW = with_betas(torch.optim.AdamW, (0.8, 0.95))
     if names:
+        TrialMuon.__name__ = optim.Muon.__name__  # as checkpoints know it
         TrialMuon.with_ = frozenset(names)
         optim.Muon = TrialMuon
 
