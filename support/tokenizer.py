@@ -4,6 +4,7 @@ enc = get_encoding()
 enc.encode_ordinary("Hello") -> [15496]
 """
 
+import base64
 import functools
 import hashlib
 import itertools
@@ -11,7 +12,6 @@ import json
 from pathlib import Path
 
 import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 
 from support.cli import UserError
 
@@ -37,16 +37,19 @@ def get_encoding() -> tiktoken.Encoding:
     Raises UserError if the file of ranks is missing or is not the published one.
     """
     try:
-        digest = hashlib.sha256(RANKS_FILE.read_bytes()).hexdigest()
+        contents = RANKS_FILE.read_bytes()
     except OSError as error:
         raise UserError(f"{RANKS_FILE}: {error.strerror}: restore it with `git checkout assets`") from error
+    digest = hashlib.sha256(contents).hexdigest()
     if digest != RANKS_SHA256:
         raise UserError(f"{RANKS_FILE}: not GPT-2's ranks (sha256 {digest}): `git checkout assets`")
+    # Not tiktoken's loader: it keeps a copy in the folder for temporary files, and reads that next time.
+    lines = (line.split() for line in contents.splitlines())
     return tiktoken.Encoding(
         name="gpt2",
         explicit_n_vocab=VOCAB_SIZE,
         pat_str=SPLIT_PATTERN,
-        mergeable_ranks=load_tiktoken_bpe(str(RANKS_FILE)),
+        mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in lines},
         special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
     )
 

@@ -1,5 +1,6 @@
 """The encoding against transformers' GPT-2 tokenizer, and its files."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def test_exported_files_know_the_end_of_text(exported: transformers.PreTrainedTo
     assert exported("a<|endoftext|>b")["input_ids"] == [64, 50256, 65]
     assert exported.model_max_length == 1024
     assert len(exported) == 50257
+
+
+def test_no_copy_of_the_ranks_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiktoken's loader would read its copy the next time, whoever wrote it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    tokenizer.get_encoding.__wrapped__()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_altered_rank_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
