@@ -18,14 +18,15 @@ from pre_tokens import fetch_tokens_hf, handle_tokens, transfer_tokens_hf
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
 DOCUMENTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("*.md"))
 DOCUMENTS += [Path("support/README.md"), Path("pre_tokens/README.md")]
-# Flags of torchrun, Docker, SLURM, pip, uv and pytest, and those of scripts in benchmarks/ and tests/.
+# Flags of other programs (torchrun, Docker, SLURM, pip, uv, pytest, git, lm_eval, llama.cpp, optimum-cli),
+# and those of scripts in benchmarks/ and tests/.
 OTHERS = {
     "--standalone", "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv_backend", "--rdzv_id",
     "--rdzv_endpoint", "--gpus", "--ipc", "--rm", "--job-name", "--nodes", "--ntasks-per-node",
     "--gpus-per-node", "--time", "--signal", "--requeue", "--index-url", "--hypothesis-profile", "--help",
     "--minutes", "--tiny", "--peer", "--only", "--out", "--processes", "--lengths", "--rungs", "--recipes",
     "--seeds", "--jobs", "--results", "--report", "--shm-size", "--data", "--prompt-tokens", "--limit",
-    "--rounds",
+    "--rounds", "--depth", "--model_args", "--tasks", "--batch_size", "--outfile", "--outtype", "--task",
 }  # fmt: skip
 
 
