@@ -147,6 +147,7 @@ RECIPES = {
     "adamw-betas-80": dataclasses.replace(ADAMW, ingredients="betas-80"),
     "muon": dataclasses.replace(MUON, cooldown_fraction=0.3),
     "muon-70": MUON,
+    "muon-70-warmup-10": dataclasses.replace(MUON, warmup=0.1),
     "muon-linear": dataclasses.replace(MUON, schedule="linear"),
     "muon-70-decay": dataclasses.replace(MUON, weight_decay=0.4),
     "muon-70-decay-cautious": dataclasses.replace(MUON, weight_decay=0.4, ingredients="cautious"),
