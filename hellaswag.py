@@ -288,10 +288,11 @@ def main() -> None:
     rt = runtime.start(s.device, s.dtype)
     if s.dtype == "auto" and rt.device.type == "cpu":
         rt = dataclasses.replace(rt, dtype=torch.float32)
+    folder = run_folder.find_model(s.model)  # before a download: it says if there is no run
     if s.data is None:
         rt.run_on_some(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
     examples = load(s.data, s.style, s.limit)
-    model = GPT.from_pretrained(run_folder.find_model(s.model)).to(rt.device)
+    model = GPT.from_pretrained(folder).to(rt.device)
     begin = time.perf_counter()
     score = evaluate(model, examples, rt, progress=rt.is_main)
     seconds = time.perf_counter() - begin

@@ -22,7 +22,7 @@ import plot_loss
 import train_gpt2
 import upload_hf
 from pre_tokens import handle_tokens
-from support import cli
+from support import cli, hellaswag_data
 from support.files import sha256_of
 
 
@@ -329,13 +329,13 @@ def test_runs_below_are_named(
     """Scripts look into log/, where a preset's run may be one level deeper."""
     train("log/demo", max_steps=0, checkpoint_interval=0)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag_data, "fetch", lambda: pytest.fail("examples were fetched"))
     for main, args in (
         (plot_loss.main, []),
         (generate.main, ["--prompt", "x"]),
-        (hellaswag.main, ["--data", "x.jsonl"]),
+        (hellaswag.main, []),
         (upload_hf.main, ["--repo-id", "ann/x"]),
     ):
-        monkeypatch.setattr(hellaswag, "load", lambda *args: [])
         assert "(runs there: log/demo)" in fails(main, args, monkeypatch, capsys)
 
 
