@@ -135,7 +135,10 @@ def refuse_days_on_cpu(device: str, flops: float, rt: Runtime) -> None:
 
 
 def _refuse_days(rt: Runtime, flops: float) -> None:
-    days = flops / (measured_flops(rt.device, rt.dtype) * rt.world_size) / 86_400
+    # The processes on a machine share its cores: eight of them on two cores do the work of two.
+    threads = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = min(1.0, (os.cpu_count() or 1) / threads)
+    days = flops / (measured_flops(rt.device, rt.dtype) * rt.world_size * share) / 86_400
     if days > 1:
         raise UserError(
             f"--device auto: no GPU found, and this run would take at least {days:,.0f} days on this CPU: "

@@ -244,6 +244,17 @@ def test_a_run_of_days_on_a_cpu_needs_device_cpu(tmp_path: Path, monkeypatch: py
             train_gpt2.set_up(fine)
 
 
+def test_eight_processes_on_two_cores_are_as_fast_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: 1e11)  # with one thread
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    rt = dataclasses.replace(runtime.start("cpu", "float32"), world_size=8)
+    monkeypatch.setattr(runtime.Runtime, "run_on_some", lambda rt, here, work: work())
+    with pytest.raises(UserError, match="at least 3 days"):
+        hardware.refuse_days_on_cpu("auto", 3 * 86_400 * 2e11, rt)
+
+
 def test_measured_peak_is_a_rate_of_this_machine() -> None:
     assert hardware.peak_flops(CPU, torch.float32) is None
     assert 1e9 < hardware.measured_flops(CPU, torch.float32) < 1e14
