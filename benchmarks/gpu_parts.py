@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules above this folder
 
 import bench
+from pre_tokens.shards import names_in
 from settings import PRESETS
 from support import cli, files, gpus, hardware, planning, runtime
 from support.cli import UserError
@@ -118,7 +119,8 @@ class Part:
 
     def training_flags(self, **changes: object) -> list[str]:
         """Flags of train_gpt2.py for --data-dir as it is. In a dry run no HellaSwag is fetched."""
-        values = {"data_dir": self.s.data_dir.resolve(), "dataset_repo": "none", "num_shards": 0}
+        here = len(names_in(self.s.data_dir))  # the manifest may list more, as after a rehearsal
+        values = {"data_dir": self.s.data_dir.resolve(), "dataset_repo": "none", "num_shards": here}
         if self.s.hellaswag_data:
             values["hellaswag_data"] = self.s.hellaswag_data.resolve()
         if self.s.tiny:

@@ -22,6 +22,7 @@ from gpu_parts import Part, Settings
 
 import bench
 import train_gpt2
+from pre_tokens.shards import write_manifest
 from settings import PRESETS, read_settings
 from support.cli import UserError
 
@@ -49,10 +50,17 @@ class GPT(Ours):
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
+    """The first two shards of three, as the rehearsal downloads them."""
     folder = tmp_path / "shards"
     folder.mkdir()
-    write_shard(folder / "tiny_val_000000.npy", 40 * 64)
-    write_shard(folder / "tiny_train_000001.npy", 400 * 64, 1)
+    names = [f"tiny_{name}.npy" for name in ("val_000000", "train_000001", "train_000002")]
+    write_shard(folder / names[0], 40 * 64)
+    write_shard(folder / names[1], 400 * 64, 1)
+    sizes = [(folder / name).stat().st_size for name in names[:2]]
+    entries = [
+        {"file": name, "bytes": size, "sha256": None} for name, size in zip(names, [*sizes, 1], strict=True)
+    ]
+    write_manifest(folder, {"shards": entries})
     return folder
 
 
