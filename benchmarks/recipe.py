@@ -10,7 +10,8 @@ interpolated between its lengths in the logarithm of the tokens. Seeds are paire
 and an order of the data that all recipes share.
 
 A result is a line of --results, known by its settings: what is there already is not run again, and a run that
-was interrupted continues. So the ladder can grow over days, and on several machines.
+was interrupted continues. So the ladder can grow over days, and on several machines. Results of runs beside
+other work are better without their seconds: delete those.
 """
 
 import concurrent.futures
@@ -316,7 +317,8 @@ def compare(results: list[Result], rung: str, recipe: str) -> Result | None:
             target["loss"], [r["tokens"] for r in own.values()], [r["loss"] for r in own.values()]
         )
         ratios.append(math.log(reached / target["tokens"]))
-        seconds.append(own[longest]["seconds"] / target["seconds"])
+        if "seconds" in own[longest] and "seconds" in target:
+            seconds.append(own[longest]["seconds"] / target["seconds"])
     mean, half = interval(ratios)
     difference, its_half = interval(differences)
     return {
@@ -331,7 +333,7 @@ def compare(results: list[Result], rung: str, recipe: str) -> Result | None:
         "ratio": math.exp(mean),
         "ratio_low": math.exp(mean - half),
         "ratio_high": math.exp(mean + half),
-        "step_time": float(np.median(seconds)),
+        "step_time": float(np.median(seconds)) if seconds else math.nan,
     }
 
 
