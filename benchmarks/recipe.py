@@ -17,6 +17,7 @@ other work are better without their seconds: delete those.
 import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the m
 
 import vocabulary
 
-from model import GPTConfig
+from pre_tokens import shards
 from settings import PRESETS
 from support import cli, files, metrics, tokenizer
 from support.cli import Dtype, UserError
@@ -59,7 +60,7 @@ class Settings:
     dtype: Dtype = "auto"
     """Precision of matrix products."""
     results: Path = ROOT / "benchmarks" / "recipe_results.jsonl"
-    """File of results, one line for each run."""
+    """File of results, one line for each run; of one data set."""
     out_dir: Path = Path("benchmarks/log/recipe")
     """Folder for the runs under way, report.md and recipe.png."""
     report: bool = False
@@ -80,12 +81,6 @@ class Rung:
     @property
     def block_parameters(self) -> int:
         return 12 * self.n_layer * self.n_embd**2
-
-    @property
-    def n_parameters(self) -> int:
-        heads = self.n_embd // 64
-        shape = (self.sequence_length, self.vocab_size, self.n_layer, heads, self.n_embd)
-        return GPTConfig(*shape).n_parameters
 
     def steps(self, length: float) -> int:
         return max(1, round(length * self.block_parameters / self.total_batch_size))
@@ -137,6 +132,9 @@ class Recipe:
 REFERENCE = "reference"
 ADAMW = Recipe(4.8e-3, schedule="linear")
 MUON = dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7)
+INGREDIENTS = [
+    "normuon", "polar-express", "cubic", "momentum-warmup", "zero-init", "betas-80", "average",
+]  # fmt: skip
 RECIPES = {
     REFERENCE: Recipe.of_preset("gpt2-124m"),
     "adamw-linear": ADAMW,
@@ -154,10 +152,7 @@ RECIPES = {
     "muon-70-decay-cautious": dataclasses.replace(MUON, weight_decay=0.4, ingredients="cautious"),
     "muon-70-embedding-1": dataclasses.replace(MUON, embedding_lr_ratio=1.0),
     "muon-70-embedding-4": dataclasses.replace(MUON, embedding_lr_ratio=4.0),
-    **{
-        f"muon-70-{name}": dataclasses.replace(MUON, ingredients=name)
-        for name in ("normuon", "polar-express", "cubic", "momentum-warmup", "zero-init", "betas-80")
-    },
+    **{f"muon-70-{name}": dataclasses.replace(MUON, ingredients=name) for name in INGREDIENTS},
 }
 
 
@@ -193,7 +188,17 @@ class Ladder:
         flags = {**shape.flags(), **RECIPES[recipe].flags(steps), "learning_rate": rate}
         flags |= {"max_steps": steps, "seed": seed, "val_tokens": VAL_TOKENS, "dtype": s.dtype}
         ingredients = RECIPES[recipe].ingredients
-        key = {"rung": rung, "vocab_size": shape.vocab_size, "recipe": recipe, "ingredients": ingredients}
+        if other := next((r["data"] for r in self.results if r["data"] != self.data), None):
+            raise UserError(
+                f"--results {s.results}: its runs are on {other}, not {self.data}: name another file"
+            )
+        key = {
+            "data": self.data,
+            "rung": rung,
+            "vocab_size": shape.vocab_size,
+            "recipe": recipe,
+            "ingredients": ingredients,
+        }
         key |= {"length": length, "flags": flags}
         if found := self.find(key):
             return found
@@ -208,7 +213,9 @@ class Ladder:
             "keep_checkpoints": 1,
         }
         script = str(ROOT / "benchmarks" / "trial.py")
-        command = [sys.executable, script, str(shape.vocab_size), ingredients, "--resume"]
+        # What an ingredient remembers is in no checkpoint.
+        start = "--overwrite" if ingredients else "--resume"
+        command = [sys.executable, script, str(shape.vocab_size), ingredients, start]
         for name, value in {**flags, **flags_of_place}.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         threads = max(1, (os.cpu_count() or 1) // s.jobs)
@@ -226,11 +233,17 @@ class Ladder:
         print(f"{run.name:32} loss {result['loss']:.4f}  {result['seconds']:.0f} s", flush=True)
         return result
 
+    @functools.cached_property
+    def data(self) -> str:
+        """The data set's name and its training tokens."""
+        found = shards.find_shards(self.s.data_dir)["train"]
+        return f"{found[0].name}-{sum(shard.n_tokens for shard in found)}"
+
     def data_dir(self, shape: Rung) -> Path:
         """The folder of shards in this rung's vocabulary."""
         if shape.vocab_size == tokenizer.VOCAB_SIZE:
             return self.s.data_dir
-        folder = self.s.out_dir / f"tokens-{shape.vocab_size}"
+        folder = self.s.out_dir / f"tokens-{self.data}-{shape.vocab_size}"
         with self.lock:
             vocabulary.reencode_folder(self.s.data_dir, folder, shape.vocab_size)
         return folder

@@ -6,6 +6,7 @@ benchmarks/recipe.py runs this. Each ingredient replaces a part of optim.py or m
 one process only; what turns out to save tokens moves there, the rest goes.
 """
 
+import itertools
 import math
 import sys
 import types
@@ -96,20 +97,19 @@ def with_betas(optimizer: type, betas: tuple[float, float]) -> Callable[..., tor
 def averaging(step: Callable[..., None], max_steps: int) -> Callable[..., None]:
     """`optim.step` that ends with the weights' average over the last 5 % of the steps."""
     last = max(1, max_steps // 20)
-    done, means = 0, []
+    means: list[Tensor] = []
+    counter = itertools.count(1 + last - max_steps)  # 1 for the first step of the average
 
     @torch.no_grad()
     def averaged(optimizers: list[torch.optim.Optimizer], *args: object, **named: object) -> None:
-        nonlocal done, means
         step(optimizers, *args, **named)
-        done += 1
         weights = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        n = done - (max_steps - last)
+        n = next(counter)
         if n == 1:
-            means = [p.clone() for p in weights]
+            means.extend(p.clone() for p in weights)
         elif n > 1:
             torch._foreach_lerp_(means, weights, 1 / n)
-        if done == max_steps:
+        if n == last:
             torch._foreach_copy_(weights, means)
 
     return averaged

@@ -18,6 +18,7 @@ import vocabulary
 from recipe import Ladder, Settings
 
 from support import tokenizer
+from support.cli import UserError
 
 
 def law(tokens: float, factor: float) -> float:
@@ -80,6 +81,9 @@ def test_a_run_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [json.loads(line) for line in s.results.read_text().splitlines()] == [result]
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
     assert Ladder(s).train(*run) == result
+    write_shard(tmp_path / "tiny_train_000002.npy", 400 * 64, 2)
+    with pytest.raises(UserError, match="its runs are on tiny-25600, not tiny-51200"):
+        Ladder(s).train(*run)
 
 
 @pytest.mark.parametrize("vocab_size", [257, 2048, 50257])
