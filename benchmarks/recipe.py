@@ -49,7 +49,7 @@ class Settings:
     """Folder of token shards."""
     rungs: list[str] = field(default_factory=lambda: ["2x64"])
     """Shapes to train, LAYERSxWIDTH with heads of 64: 2x64, 2x128, 4x192, 6x256, 12x768."""
-    recipes: list[str] = field(default_factory=lambda: ["adamw-linear", "muon"])
+    recipes: list[str] = field(default_factory=lambda: ["adamw", "muon"])
     """Recipes to train beside the reference."""
     lengths: list[float] = field(default_factory=lambda: [5.0, 10.0])
     """Lengths of a run, in tokens per parameter of the blocks' matrices. Rates are swept at the shortest."""
@@ -114,6 +114,7 @@ class Recipe:
     weight_decay: float = 0.1
     embedding_lr_ratio: float = 1.0
     ingredients: str = ""  # of benchmarks/trial.py, separated by commas
+    base: str = ""  # the recipe that this one varies
 
     @classmethod
     def of_preset(cls, name: str) -> "Recipe":
@@ -125,35 +126,44 @@ class Recipe:
     def flags(self, steps: int) -> dict[str, object]:
         values = dataclasses.asdict(self)
         values["warmup_steps"] = round(values.pop("warmup") * steps)
-        del values["ingredients"]
+        del values["ingredients"], values["base"]
         return values
 
 
 REFERENCE = "reference"
-ADAMW = Recipe(4.8e-3, schedule="linear")
-MUON = dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7)
-INGREDIENTS = [
-    "normuon", "polar-express", "cubic", "momentum-warmup", "zero-init", "betas-80", "average",
-]  # fmt: skip
 RECIPES = {
     REFERENCE: Recipe.of_preset("gpt2-124m"),
-    "adamw-linear": ADAMW,
-    "adamw-warmup-10": dataclasses.replace(ADAMW, warmup=0.1),
-    "adamw-cosine-warmup-10": dataclasses.replace(ADAMW, schedule="cosine", warmup=0.1),
-    "adamw-embedding-2": dataclasses.replace(ADAMW, embedding_lr_ratio=2.0),
-    "adamw-embedding-4": dataclasses.replace(ADAMW, embedding_lr_ratio=4.0),
-    "adamw-zero-init": dataclasses.replace(ADAMW, ingredients="zero-init"),
-    "adamw-betas-80": dataclasses.replace(ADAMW, ingredients="betas-80"),
-    "muon": dataclasses.replace(MUON, cooldown_fraction=0.3),
-    "muon-70": MUON,
-    "muon-70-warmup-10": dataclasses.replace(MUON, warmup=0.1),
-    "muon-linear": dataclasses.replace(MUON, schedule="linear"),
-    "muon-70-decay": dataclasses.replace(MUON, weight_decay=0.4),
-    "muon-70-decay-cautious": dataclasses.replace(MUON, weight_decay=0.4, ingredients="cautious"),
-    "muon-70-embedding-1": dataclasses.replace(MUON, embedding_lr_ratio=1.0),
-    "muon-70-embedding-4": dataclasses.replace(MUON, embedding_lr_ratio=4.0),
-    **{f"muon-70-{name}": dataclasses.replace(MUON, ingredients=name) for name in INGREDIENTS},
+    "adamw": Recipe(4.8e-3, schedule="linear", warmup=0.1),
+    "muon": dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7),
 }
+# Recipes that differ from those in one thing each.
+VARIANTS = {
+    "adamw": {
+        "warmup-2": {"warmup": 0.02},
+        "cosine": {"schedule": "cosine"},
+        "decay": {"weight_decay": 0.4},
+        "embedding-2": {"embedding_lr_ratio": 2.0},
+        **{name: {"ingredients": name} for name in ("zero-init", "betas-80", "average")},
+    },
+    "muon": {
+        "cooldown-30": {"cooldown_fraction": 0.3},
+        "linear": {"schedule": "linear"},
+        "warmup-10": {"warmup": 0.1},
+        "decay": {"weight_decay": 0.4},
+        "decay-cautious": {"weight_decay": 0.4, "ingredients": "cautious"},
+        "embedding-1": {"embedding_lr_ratio": 1.0},
+        "embedding-4": {"embedding_lr_ratio": 4.0},
+        **{
+            name: {"ingredients": name}
+            for name in (
+                "normuon", "polar-express", "cubic", "momentum-warmup", "zero-init", "betas-80", "average",
+            )
+        },
+    },
+}  # fmt: skip
+for base, variants in VARIANTS.items():
+    for name, changes in variants.items():
+        RECIPES[f"{base}-{name}"] = dataclasses.replace(RECIPES[base], base=base, **changes)
 
 
 # ---------------------------------------------------------------- runs
@@ -170,6 +180,7 @@ class Ladder:
         lines = s.results.read_text(encoding="utf-8").splitlines() if s.results.exists() else []
         self.results: list[Result] = [json.loads(line) for line in lines]
         self.pool = concurrent.futures.ThreadPoolExecutor(s.jobs)
+        self.started: dict[tuple, concurrent.futures.Future[Result]] = {}
 
     def find(self, key: Result) -> Result | None:
         """The result of the run with these settings."""
@@ -179,7 +190,11 @@ class Ladder:
         self, rung: str, recipe: str, rate: float, length: float, seed: int
     ) -> concurrent.futures.Future[Result]:
         """The run's result, once it is trained."""
-        return self.pool.submit(self.train, rung, recipe, rate, length, seed)
+        run = (rung, recipe, rate, length, seed)
+        with self.lock:
+            if run not in self.started:
+                self.started[run] = self.pool.submit(self.train, *run)
+            return self.started[run]
 
     def train(self, rung: str, recipe: str, rate: float, length: float, seed: int) -> Result:
         """Train one run to its end, or find it among the results."""
@@ -248,20 +263,31 @@ class Ladder:
             vocabulary.reencode_folder(self.s.data_dir, folder, shape.vocab_size)
         return folder
 
-    def best_rate(self, rung: str, recipe: str) -> float:
-        """The best learning rate at the shortest length with the first seed; its neighbours are worse.
+    def finish(self, rung: str, recipe: str) -> None:
+        """Every run of this recipe on this rung: the sweep, then the best rate with all seeds and lengths."""
+        rate = self.rate(recipe, self.best_exponent(rung, recipe))
+        seeds = range(1, self.s.seeds + 1)
+        runs = [self.start(rung, recipe, rate, length, seed) for seed in seeds for length in self.s.lengths]
+        for run in runs:
+            run.result()
 
-        A factor of 2 apart at first, then the square root of 2.
+    def rate(self, recipe: str, exponent: int) -> float:
+        return RECIPES[recipe].learning_rate * 2 ** (exponent / 2)
+
+    def best_exponent(self, rung: str, recipe: str) -> int:
+        """Of the best learning rate at the shortest length with the first seed; its neighbours are worse.
+
+        A factor of 2 apart at first, then the square root of 2. A variant starts where its base ends.
         """
-        length, start = min(self.s.lengths), RECIPES[recipe].learning_rate
+        length, base = min(self.s.lengths), RECIPES[recipe].base
+        best = self.best_exponent(rung, base) if base else 0
         losses: dict[int, float] = {}
-        best = 0
-        for step in (2, 1):
+        for step in (1,) if base else (2, 1):
             while wanted := {best - step, best, best + step} - set(losses):
-                runs = {k: self.start(rung, recipe, start * 2 ** (k / 2), length, 1) for k in wanted}
+                runs = {k: self.start(rung, recipe, self.rate(recipe, k), length, 1) for k in wanted}
                 losses |= {k: as_loss(future.result()["loss"]) for k, future in runs.items()}
                 best = min(losses, key=losses.get)
-        return start * 2 ** (best / 2)
+        return best
 
 
 def as_loss(value: float | None) -> float:
@@ -422,16 +448,11 @@ def main() -> None:
                 raise UserError(f"--{name} {value}: not one of {', '.join(known)}")
     ladder = Ladder(s)
     if not s.report:
+        recipes = dict.fromkeys([REFERENCE, *s.recipes])
         for rung in s.rungs:
-            for recipe in dict.fromkeys([REFERENCE, *s.recipes]):
-                rate = ladder.best_rate(rung, recipe)
-                runs = [
-                    ladder.start(rung, recipe, rate, length, seed)
-                    for seed in range(1, s.seeds + 1)
-                    for length in s.lengths
-                ]
-                for run in runs:
-                    run.result()
+            # As many at a time as runs, so that none waits for the last run of another's sweep.
+            with concurrent.futures.ThreadPoolExecutor(s.jobs) as pool:
+                list(pool.map(functools.partial(ladder.finish, rung), recipes))
     rows = [compare(ladder.results, rung, recipe) for rung in RUNGS for recipe in RECIPES]
     rows = [row for row in rows if row]
     s.out_dir.mkdir(parents=True, exist_ok=True)
