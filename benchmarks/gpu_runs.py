@@ -20,7 +20,7 @@ import numpy as np
 import peers
 import torch
 from gpu_parts import RECIPE, ROOT, TINY, Part, figures, recipe_step
-from recipe import Recipe
+from ladder import Recipe
 
 import bench
 import dataloader

@@ -15,32 +15,30 @@ other work are better without their seconds: delete those.
 """
 
 import concurrent.futures
-import dataclasses
 import datetime
 import functools
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules above this folder
 
+import recipe_report
 import vocabulary
+from ladder import RECIPES, REFERENCE, RUNGS, Rung
+from recipe_report import Result
 
 from pre_tokens import shards
-from settings import PRESETS
 from support import cli, files, metrics, tokenizer
 from support.cli import Dtype, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+VAL_TOKENS = 65_536
 
 
 @dataclass
@@ -65,110 +63,6 @@ class Settings:
     """Folder for the runs under way, report.md and recipe.png."""
     report: bool = False
     """Train nothing: report what --results holds."""
-
-
-# ---------------------------------------------------------------- the ladder
-
-
-@dataclass(frozen=True)
-class Rung:
-    n_layer: int
-    n_embd: int
-    total_batch_size: int
-    sequence_length: int = 256
-    vocab_size: int = 2048
-
-    @property
-    def block_parameters(self) -> int:
-        return 12 * self.n_layer * self.n_embd**2
-
-    def steps(self, length: float) -> int:
-        return max(1, round(length * self.block_parameters / self.total_batch_size))
-
-    def flags(self) -> dict[str, object]:
-        names = ("n_layer", "n_embd", "total_batch_size", "sequence_length")
-        shape = {name: getattr(self, name) for name in names}
-        return {**shape, "block_size": self.sequence_length, "n_head": self.n_embd // 64}
-
-
-RUNGS = {
-    "2x64": Rung(2, 64, 1024),
-    "2x128": Rung(2, 128, 2048),
-    "4x192": Rung(4, 192, 4096),
-    "6x256": Rung(6, 256, 8192),
-    "12x768": Rung(12, 768, 65_536, 1024, tokenizer.VOCAB_SIZE),
-}
-VAL_TOKENS = 65_536
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a run is trained with, beside its rate, which the sweep finds from `learning_rate` on."""
-
-    learning_rate: float
-    optimizer: str = "adamw"
-    schedule: str = "cosine"
-    warmup: float = 0.02  # fraction of all steps
-    min_lr_ratio: float = 0.0
-    cooldown_fraction: float = 0.3
-    weight_decay: float = 0.1
-    embedding_lr_ratio: float = 1.0
-    ingredients: str = ""  # of benchmarks/trial.py, separated by commas
-    base: str = ""  # the recipe that this one varies
-
-    @classmethod
-    def of_preset(cls, name: str) -> "Recipe":
-        p = PRESETS[name]
-        names = [f.name for f in dataclasses.fields(cls) if hasattr(p, f.name) and f.name != "learning_rate"]
-        rate = p.learning_rate * 2  # small models take larger rates
-        return cls(rate, warmup=p.warmup_steps / p.max_steps, **{name: getattr(p, name) for name in names})
-
-    def flags(self, steps: int) -> dict[str, object]:
-        values = dataclasses.asdict(self)
-        values["warmup_steps"] = round(values.pop("warmup") * steps)
-        del values["ingredients"], values["base"]
-        return values
-
-
-REFERENCE = "reference"
-RECIPES = {
-    REFERENCE: Recipe.of_preset("gpt2-124m"),
-    "adamw": Recipe(4.8e-3, schedule="linear", warmup=0.1),
-    "muon": dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7),
-}
-# Recipes that differ from those in one thing each.
-VARIANTS = {
-    "adamw": {
-        "warmup-2": {"warmup": 0.02},
-        "cosine": {"schedule": "cosine"},
-        "decay": {"weight_decay": 0.4},
-        "embedding-2": {"embedding_lr_ratio": 2.0},
-        **{name: {"ingredients": name} for name in ("zero-init", "betas-80", "average")},
-    },
-    "muon": {
-        "cooldown-30": {"cooldown_fraction": 0.3},
-        "linear": {"schedule": "linear"},
-        "warmup-10": {"warmup": 0.1},
-        "decay": {"weight_decay": 0.4},
-        "decay-cautious": {"weight_decay": 0.4, "ingredients": "cautious"},
-        "embedding-1": {"embedding_lr_ratio": 1.0},
-        "embedding-4": {"embedding_lr_ratio": 4.0},
-        **{
-            name: {"ingredients": name}
-            for name in (
-                "normuon", "polar-express", "cubic", "momentum-warmup", "zero-init", "betas-80", "average",
-            )
-        },
-    },
-}  # fmt: skip
-for base, variants in VARIANTS.items():
-    for name, changes in variants.items():
-        RECIPES[f"{base}-{name}"] = dataclasses.replace(RECIPES[base], base=base, **changes)
-
-
-# ---------------------------------------------------------------- runs
-
-Result = dict[str, object]
 
 
 class Ladder:
@@ -310,136 +204,6 @@ def outcome(run: Path) -> Result:
     }
 
 
-# ---------------------------------------------------------------- report
-
-
-def tokens_to_reach(target: float, tokens: Iterable[float], losses: Iterable[float]) -> float:
-    """Tokens at which runs of these lengths, each decayed to its end, come down to `target`.
-
-    Interpolated in the logarithm of the tokens; beyond the shortest and the longest run a straight line goes
-    on for a factor of 2 at most. NaN where that does not reach.
-    """
-    points = sorted(zip(tokens, losses, strict=True))
-    x, y = np.log([t for t, _ in points]), np.array([loss for _, loss in points])
-    for i in range(len(x) - 1):
-        (x0, x1), (y0, y1) = x[i : i + 2], y[i : i + 2]
-        first, last = i == 0, i == len(x) - 2
-        at = x0 + (x1 - x0) * (y0 - target) / (y0 - y1) if y0 > y1 else math.nan
-        low, high = x0 - math.log(2) * first, x1 + math.log(2) * last
-        if low <= at <= high:
-            return math.exp(at)
-    return math.nan
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval by Student's t (NaN for one value)."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-    n = len(values)
-    half = t.get(n, 2.3) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), float(half)
-
-
-def compare(results: list[Result], rung: str, recipe: str) -> Result | None:
-    """One row of the table: a recipe at its best rate beside the reference at its own, on one rung."""
-    runs = by_seed(results, rung, recipe)
-    reference = by_seed(results, rung, REFERENCE)
-    seeds = sorted(set(runs) & set(reference))
-    if not seeds:
-        return None
-    longest = min(max(max(lengths) for lengths in side.values()) for side in (runs, reference))
-    seeds = [s for s in seeds if longest in runs[s] and longest in reference[s]]
-    differences, ratios, seconds = [], [], []
-    for seed in seeds:
-        target, own = reference[seed][longest], runs[seed]
-        differences.append(own[longest]["loss"] - target["loss"])
-        reached = tokens_to_reach(
-            target["loss"], [r["tokens"] for r in own.values()], [r["loss"] for r in own.values()]
-        )
-        ratios.append(math.log(reached / target["tokens"]))
-        if "seconds" in own[longest] and "seconds" in target:
-            seconds.append(own[longest]["seconds"] / target["seconds"])
-    mean, half = interval(ratios)
-    difference, its_half = interval(differences)
-    return {
-        "rung": rung,
-        "recipe": recipe,
-        "rate": runs[seeds[0]][longest]["flags"]["learning_rate"],
-        "length": longest,
-        "seeds": len(seeds),
-        "loss": float(np.mean([runs[s][longest]["loss"] for s in seeds])),
-        "difference": difference,
-        "difference_half": its_half,
-        "ratio": math.exp(mean),
-        "ratio_low": math.exp(mean - half),
-        "ratio_high": math.exp(mean + half),
-        "step_time": float(np.median(seconds)) if seconds else math.nan,
-    }
-
-
-def by_seed(results: list[Result], rung: str, recipe: str) -> dict[int, dict[float, Result]]:
-    """The runs of a recipe at its best rate, by seed and length."""
-    own = [r for r in results if (r["rung"], r["recipe"]) == (rung, recipe) and r["loss"] is not None]
-    if not own:
-        return {}
-    shortest = min(r["length"] for r in own)
-    sweep = [r for r in own if r["length"] == shortest and r["flags"]["seed"] == 1]
-    if not sweep:
-        return {}
-    best = min(sweep, key=lambda r: r["loss"])["flags"]["learning_rate"]
-    found: dict[int, dict[float, Result]] = {}
-    for r in own:
-        if r["flags"]["learning_rate"] == best:
-            found.setdefault(r["flags"]["seed"], {})[r["length"]] = r
-    return found
-
-
-def table(rows: list[Result]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| shape | recipe | best rate | tokens per block parameter | seeds | loss | minus the reference's | "
-        "tokens to the reference's loss | time of a step |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        cells = [
-            r["rung"],
-            r["recipe"],
-            f"{r['rate']:.2g}",
-            f"{r['length']:g}",
-            str(r["seeds"]),
-            f"{r['loss']:.4f}",
-            f"{r['difference']:+.4f} ± {r['difference_half']:.4f}",
-            f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
-            f"{r['step_time']:.2f}",
-        ]
-        # One seed has no interval, one length no ratio.
-        cells = [re.sub(r" ± nan| ?\(nan to nan\)|^nan", "", cell) for cell in cells]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw(rows: list[Result], out: Path) -> None:
-    """Tokens to the reference's loss against the model's size, one line per recipe."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for recipe in dict.fromkeys(r["recipe"] for r in rows):
-        own = [r for r in rows if r["recipe"] == recipe and not math.isnan(r["ratio"])]
-        sizes = [RUNGS[r["rung"]].block_parameters for r in own]
-        ratios = np.array([r["ratio"] for r in own])
-        bars = [ratios - [r["ratio_low"] for r in own], [r["ratio_high"] for r in own] - ratios]
-        axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=recipe)
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("parameters in the blocks' matrices")
-    axes.set_ylabel("tokens to the reference's loss, as a fraction of its own")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(out)
-
-
 def main() -> None:
     s = cli.parse(Settings, "Measure recipes on a ladder of GPT-2 shapes.")
     for name, known in (("rungs", RUNGS), ("recipes", RECIPES)):
@@ -453,12 +217,11 @@ def main() -> None:
             # As many at a time as runs, so that none waits for the last run of another's sweep.
             with concurrent.futures.ThreadPoolExecutor(s.jobs) as pool:
                 list(pool.map(functools.partial(ladder.finish, rung), recipes))
-    rows = [compare(ladder.results, rung, recipe) for rung in RUNGS for recipe in RECIPES]
-    rows = [row for row in rows if row]
+    text = recipe_report.text(ladder.results)
     s.out_dir.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(s.out_dir / "report.md", table(rows) + "\n")
-    draw(rows, s.out_dir / "recipe.png")
-    print(f"{table(rows)}\nfigure: {s.out_dir / 'recipe.png'}")
+    files.write_atomically(s.out_dir / "report.md", text)
+    recipe_report.draw(ladder.results, s.out_dir / "recipe.png")
+    print(f"{text}figure: {s.out_dir / 'recipe.png'}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from helpers import ROOT, write_shard
 sys.path.append(str(ROOT / "benchmarks"))
 
 import recipe
+import recipe_report
 import vocabulary
 from recipe import Ladder, Settings
 
@@ -31,20 +32,20 @@ def test_tokens_to_a_loss(factor: float) -> None:
     tokens = [1e6, 2e6, 4e6]
     losses = [law(t, factor) for t in tokens]
     target = law(4e6, 1)
-    assert recipe.tokens_to_reach(target, tokens, losses) == pytest.approx(4e6 / factor)
+    assert recipe_report.tokens_to_reach(target, tokens, losses) == pytest.approx(4e6 / factor)
 
 
 def test_no_guess_far_beyond_the_runs() -> None:
     tokens = [1e6, 2e6]
-    assert math.isnan(recipe.tokens_to_reach(law(4.1e6, 1), tokens, [law(t, 1) for t in tokens]))
-    assert math.isnan(recipe.tokens_to_reach(5.0, tokens, [6.0, 6.1]))
+    assert math.isnan(recipe_report.tokens_to_reach(law(4.1e6, 1), tokens, [law(t, 1) for t in tokens]))
+    assert math.isnan(recipe_report.tokens_to_reach(5.0, tokens, [6.0, 6.1]))
 
 
 def test_confidence_interval() -> None:
-    mean, half = recipe.interval([1.0, 2.0, 3.0])
+    mean, half = recipe_report.interval([1.0, 2.0, 3.0])
     assert mean == 2
     assert half == pytest.approx(4.303 / math.sqrt(3))  # Student's t for two degrees of freedom
-    assert math.isnan(recipe.interval([1.0])[1])
+    assert math.isnan(recipe_report.interval([1.0])[1])
 
 
 @pytest.mark.parametrize("best", [-5, 0, 3])
@@ -101,7 +102,7 @@ def test_a_smaller_vocabulary_tells_the_same_text(vocab_size: int) -> None:
         assert ids.tolist() == tokens
 
 
-def results(name: str, factor: float, noise: tuple[float, ...]) -> list[recipe.Result]:
+def results(name: str, factor: float, noise: tuple[float, ...]) -> list[recipe_report.Result]:
     """Runs at three rates with the first seed, and at the best of them with three seeds and two lengths."""
     common = {"rung": "2x64", "recipe": name, "seconds": 10.0 / factor}
     runs = [
@@ -124,19 +125,56 @@ def test_recipes_are_compared_by_seed() -> None:
     """What a seed does to both sides takes nothing from the certainty of the comparison."""
     noise = (0.1, -0.1, 0.05)
     runs = results("reference", 1.0, noise) + results("muon", 1.6, noise)
-    row = recipe.compare(runs, "2x64", "muon")
+    row = recipe_report.compare(runs, "2x64", "muon")
     assert (row["rate"], row["length"], row["seeds"]) == (2e-3, 10.0, 3)
     assert row["ratio"] == pytest.approx(1 / 1.6)
     assert row["ratio_low"] == pytest.approx(row["ratio_high"])
     assert row["difference"] == pytest.approx(-0.5 * math.log(1.6))
     assert row["step_time"] == pytest.approx(1 / 1.6)
-    other = recipe.compare(
+    other = recipe_report.compare(
         results("reference", 1.0, noise) + results("muon", 1.6, noise[::-1]), "2x64", "muon"
     )
     assert other["ratio_low"] < other["ratio"] < other["ratio_high"]
     for run in runs:
         del run["seconds"]
-    assert "nan" not in recipe.table([recipe.compare(runs, "2x64", "muon")])
-    assert recipe.compare(runs, "2x128", "muon") is None
-    text = recipe.table([row])
+    assert recipe_report.compare(runs, "2x128", "muon") is None
+    text = recipe_report.text(runs)
+    assert "nan" not in text
     assert "| 2x64 | muon | 0.002 | 10 | 3 |" in text
+
+
+def test_variants_are_compared_with_their_base() -> None:
+    """At equal tokens; how many of them that is worth follows from how the base's loss falls."""
+    noise = (0.1, -0.1, 0.05)
+    runs = results("muon", 1.0, noise) + results("muon-normuon", 1.25, noise)
+    row = recipe_report.vary(runs, "2x64", "muon-normuon")
+    assert (row["rate"], row["length"], row["seeds"]) == (2e-3, 10.0, 3)
+    assert row["difference"] == pytest.approx(-0.5 * math.log(1.25))
+    assert row["saved"] == pytest.approx(1 - 1 / 1.25)
+    other = recipe_report.vary(
+        results("muon", 1.0, noise) + results("muon-normuon", 1.25, noise[::-1]), "2x64", "muon-normuon"
+    )
+    assert other["saved_low"] < other["saved"] < other["saved_high"]
+    assert recipe_report.vary(runs, "2x128", "muon-normuon") is None
+    assert "| muon-normuon | 2x64 | 0.002 | 10 | 3 | -0.1116 ± 0.0000 | 20 % (20 % to 20 %) |" in (
+        recipe_report.text(runs)
+    )
+    of_one_length = [run for run in runs if run["length"] == 5.0]
+    assert math.isnan(recipe_report.vary(of_one_length, "2x64", "muon-normuon")["saved"])
+    assert "nan" not in recipe_report.text(of_one_length)
+
+
+def test_a_variant_starts_where_its_base_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, int]] = []
+    best = {"muon": 4, "muon-normuon": 3}
+
+    def start(self: Ladder, rung: str, name: str, rate: float, length: float, seed: int) -> Future:
+        k = round(2 * math.log2(rate / recipe.RECIPES[name].learning_rate))
+        tried.append((name, k))
+        future: Future = Future()
+        future.set_result({"loss": (k - best[name]) ** 2})
+        return future
+
+    monkeypatch.setattr(Ladder, "start", start)
+    assert Ladder(Settings(results=tmp_path / "none.jsonl")).best_exponent("2x64", "muon-normuon") == 3
+    assert sorted(k for name, k in tried if name == "muon-normuon") == [2, 3, 4, 5]

@@ -1,0 +1,106 @@
+"""The shapes and the recipes that benchmarks/recipe.py compares."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules above this folder
+
+from settings import PRESETS
+from support import tokenizer
+
+
+@dataclass(frozen=True)
+class Rung:
+    n_layer: int
+    n_embd: int
+    total_batch_size: int
+    sequence_length: int = 256
+    vocab_size: int = 2048
+
+    @property
+    def block_parameters(self) -> int:
+        return 12 * self.n_layer * self.n_embd**2
+
+    def steps(self, length: float) -> int:
+        return max(1, round(length * self.block_parameters / self.total_batch_size))
+
+    def flags(self) -> dict[str, object]:
+        names = ("n_layer", "n_embd", "total_batch_size", "sequence_length")
+        shape = {name: getattr(self, name) for name in names}
+        return {**shape, "block_size": self.sequence_length, "n_head": self.n_embd // 64}
+
+
+RUNGS = {
+    "2x64": Rung(2, 64, 1024),
+    "2x128": Rung(2, 128, 2048),
+    "4x192": Rung(4, 192, 4096),
+    "6x256": Rung(6, 256, 8192),
+    "12x768": Rung(12, 768, 65_536, 1024, tokenizer.VOCAB_SIZE),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is trained with, beside its rate, which the sweep finds from `learning_rate` on."""
+
+    learning_rate: float
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    warmup: float = 0.02  # fraction of all steps
+    min_lr_ratio: float = 0.0
+    cooldown_fraction: float = 0.3
+    weight_decay: float = 0.1
+    embedding_lr_ratio: float = 1.0
+    ingredients: str = ""  # of benchmarks/trial.py, separated by commas
+    base: str = ""  # the recipe that this one varies
+
+    @classmethod
+    def of_preset(cls, name: str) -> "Recipe":
+        p = PRESETS[name]
+        names = [f.name for f in dataclasses.fields(cls) if hasattr(p, f.name) and f.name != "learning_rate"]
+        rate = p.learning_rate * 2  # small models take larger rates
+        return cls(rate, warmup=p.warmup_steps / p.max_steps, **{name: getattr(p, name) for name in names})
+
+    def flags(self, steps: int) -> dict[str, object]:
+        values = dataclasses.asdict(self)
+        values["warmup_steps"] = round(values.pop("warmup") * steps)
+        del values["ingredients"], values["base"]
+        return values
+
+
+REFERENCE = "reference"
+RECIPES = {
+    REFERENCE: Recipe.of_preset("gpt2-124m"),
+    "adamw": Recipe(4.8e-3, schedule="linear", warmup=0.1),
+    "muon": dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7),
+}
+# Recipes that differ from those in one thing each.
+VARIANTS = {
+    "adamw": {
+        "warmup-2": {"warmup": 0.02},
+        "cosine": {"schedule": "cosine"},
+        "decay": {"weight_decay": 0.4},
+        "embedding-2": {"embedding_lr_ratio": 2.0},
+        **{name: {"ingredients": name} for name in ("zero-init", "betas-80", "average")},
+    },
+    "muon": {
+        "cooldown-30": {"cooldown_fraction": 0.3},
+        "linear": {"schedule": "linear"},
+        "warmup-10": {"warmup": 0.1},
+        "decay": {"weight_decay": 0.4},
+        "decay-cautious": {"weight_decay": 0.4, "ingredients": "cautious"},
+        "embedding-1": {"embedding_lr_ratio": 1.0},
+        "embedding-4": {"embedding_lr_ratio": 4.0},
+        **{
+            name: {"ingredients": name}
+            for name in (
+                "normuon", "polar-express", "cubic", "momentum-warmup", "zero-init", "betas-80", "average",
+            )
+        },
+    },
+}  # fmt: skip
+for base, variants in VARIANTS.items():
+    for name, changes in variants.items():
+        RECIPES[f"{base}-{name}"] = dataclasses.replace(RECIPES[base], base=base, **changes)

@@ -1,0 +1,221 @@
+"""What the results of benchmarks/recipe.py say: the tokens that recipes save, as tables and a figure."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from ladder import RECIPES, REFERENCE, RUNGS
+
+Result = dict[str, object]
+Runs = dict[int, dict[float, Result]]  # of one recipe on one rung, by seed and length
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def tokens_to_reach(target: float, tokens: Iterable[float], losses: Iterable[float]) -> float:
+    """Tokens at which runs of these lengths, each decayed to its end, come down to `target`.
+
+    Interpolated in the logarithm of the tokens; beyond the shortest and the longest run a straight line goes
+    on for a factor of 2 at most. NaN where that does not reach.
+    """
+    points = sorted(zip(tokens, losses, strict=True))
+    x, y = np.log([t for t, _ in points]), np.array([loss for _, loss in points])
+    for i in range(len(x) - 1):
+        (x0, x1), (y0, y1) = x[i : i + 2], y[i : i + 2]
+        first, last = i == 0, i == len(x) - 2
+        at = x0 + (x1 - x0) * (y0 - target) / (y0 - y1) if y0 > y1 else math.nan
+        low, high = x0 - math.log(2) * first, x1 + math.log(2) * last
+        if low <= at <= high:
+            return math.exp(at)
+    return math.nan
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % confidence interval by Student's t (NaN for one value)."""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+    n = len(values)
+    half = t.get(n, 2.3) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(np.mean(values)), float(half)
+
+
+def best_runs(results: list[Result], rung: str, recipe: str) -> Runs:
+    """The runs of a recipe at the rate that is best for its shortest length and the first seed."""
+    own = [r for r in results if (r["rung"], r["recipe"]) == (rung, recipe) and r["loss"] is not None]
+    shortest = min((r["length"] for r in own), default=None)
+    sweep = [r for r in own if r["length"] == shortest and r["flags"]["seed"] == 1]
+    if not sweep:
+        return {}
+    best = min(sweep, key=lambda r: r["loss"])["flags"]["learning_rate"]
+    found: Runs = {}
+    for r in own:
+        if r["flags"]["learning_rate"] == best:
+            found.setdefault(r["flags"]["seed"], {})[r["length"]] = r
+    return found
+
+
+def shared(*sides: Runs) -> tuple[float, list[int]]:
+    """The longest length that all recipes have, and the seeds with which they all have it."""
+    lengths = [{length for runs in side.values() for length in runs} for side in sides]
+    longest = max(set.intersection(*lengths), default=0.0)
+    seeds = [set(seed for seed, runs in side.items() if longest in runs) for side in sides]
+    return longest, sorted(set.intersection(*seeds))
+
+
+# ---------------------------------------------------------------- recipes against the reference
+
+
+def compare(results: list[Result], rung: str, recipe: str) -> Result | None:
+    """A recipe at its best rate beside the reference at its own, on one rung; None without common runs."""
+    own, reference = best_runs(results, rung, recipe), best_runs(results, rung, REFERENCE)
+    length, seeds = shared(own, reference)
+    if not seeds:
+        return None
+    differences, ratios, seconds = [], [], []
+    for seed in seeds:
+        target, run = reference[seed][length], own[seed][length]
+        differences.append(run["loss"] - target["loss"])
+        runs = own[seed].values()
+        reached = tokens_to_reach(target["loss"], [r["tokens"] for r in runs], [r["loss"] for r in runs])
+        ratios.append(math.log(reached / target["tokens"]))
+        if "seconds" in run and "seconds" in target:
+            seconds.append(run["seconds"] / target["seconds"])
+    mean, half = interval(ratios)
+    difference, its_half = interval(differences)
+    return {
+        "rung": rung,
+        "recipe": recipe,
+        "rate": own[seeds[0]][length]["flags"]["learning_rate"],
+        "length": length,
+        "seeds": len(seeds),
+        "loss": float(np.mean([own[seed][length]["loss"] for seed in seeds])),
+        "difference": difference,
+        "difference_half": its_half,
+        "ratio": math.exp(mean),
+        "ratio_low": math.exp(mean - half),
+        "ratio_high": math.exp(mean + half),
+        "step_time": float(np.median(seconds)) if seconds else math.nan,
+    }
+
+
+# ---------------------------------------------------------------- variants against their base
+
+
+def vary(results: list[Result], rung: str, recipe: str) -> Result | None:
+    """A variant beside its base at equal tokens, each at its best rate; None without common runs.
+
+    "saved" is the fraction of the tokens that the lower loss is worth, by what the base's loss falls from its
+    shortest to its longest run: NaN if the base has one length only.
+    """
+    base = best_runs(results, rung, RECIPES[recipe].base)
+    own = best_runs(results, rung, recipe)
+    length, seeds = shared(own, base) if own and base else (0.0, [])
+    if not seeds:
+        return None
+    mean, half = interval([own[seed][length]["loss"] - base[seed][length]["loss"] for seed in seeds])
+    slopes = []  # what the loss falls for e times the tokens
+    for runs in base.values():
+        first, last = runs[min(runs)], runs[max(runs)]
+        if first is not last:
+            slopes.append((first["loss"] - last["loss"]) / math.log(last["tokens"] / first["tokens"]))
+    slope = float(np.mean(slopes)) if slopes else math.nan
+    return {
+        "rung": rung,
+        "recipe": recipe,
+        "rate": own[seeds[0]][length]["flags"]["learning_rate"],
+        "length": length,
+        "seeds": len(seeds),
+        "difference": mean,
+        "difference_half": half,
+        "saved": 1 - math.exp(mean / slope),
+        "saved_low": 1 - math.exp((mean + half) / slope),
+        "saved_high": 1 - math.exp((mean - half) / slope),
+    }
+
+
+# ---------------------------------------------------------------- text and figure
+
+
+def text(results: list[Result]) -> str:
+    """Both comparisons as tables in Markdown."""
+    main = [name for name, recipe in RECIPES.items() if not recipe.base]
+    beside = [row for rung in RUNGS for name in main if (row := compare(results, rung, name))]
+    variants = [name for name, recipe in RECIPES.items() if recipe.base]
+    varied = [row for name in variants for rung in RUNGS if (row := vary(results, rung, name))]
+    lines = [
+        "| shape | recipe | best rate | tokens per block parameter | seeds | loss | minus the reference's | "
+        "tokens to the reference's loss | time of a step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in beside:
+        cells = [
+            r["rung"],
+            r["recipe"],
+            f"{r['rate']:.2g}",
+            f"{r['length']:g}",
+            r["seeds"],
+            f"{r['loss']:.4f}",
+        ]
+        if r["recipe"] == REFERENCE:
+            cells += ["", "1", "1"]
+        else:
+            cells += [
+                with_error(r["difference"], r["difference_half"]),
+                with_range(r["ratio"], r["ratio_low"], r["ratio_high"]),
+                "" if math.isnan(r["step_time"]) else f"{r['step_time']:.2f}",
+            ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += [
+        "",
+        "| variant | shape | best rate | tokens per block parameter | seeds | loss minus its base's | "
+        "tokens saved |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in varied:
+        cells = [
+            *(r["recipe"], r["rung"], f"{r['rate']:.2g}", f"{r['length']:g}", r["seeds"]),
+            with_error(r["difference"], r["difference_half"]),
+            with_range(r["saved"], r["saved_low"], r["saved_high"], ".0%").replace("%", " %"),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_error(value: float, half: float) -> str:
+    """A difference with its error, which one seed does not have."""
+    return f"{value:+.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
+
+
+def with_range(value: float, low: float, high: float, form: str = ".2f") -> str:
+    """A ratio with its range; empty if there is none, as with runs of one length."""
+    if math.isnan(value):
+        return ""
+    return f"{value:{form}}" + ("" if math.isnan(low) else f" ({low:{form}} to {high:{form}})")
+
+
+def draw(results: list[Result], out: Path) -> None:
+    """Tokens to the reference's loss against the model's size, one line per recipe."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1, color="0.5", linestyle=":")
+    for recipe in RECIPES:
+        rows = [row for rung in RUNGS if (row := compare(results, rung, recipe))]
+        rows = [row for row in rows if not math.isnan(row["ratio"])]
+        if not rows or recipe == REFERENCE:
+            continue
+        sizes = [RUNGS[row["rung"]].block_parameters for row in rows]
+        ratios = np.array([row["ratio"] for row in rows])
+        bars = [ratios - [row["ratio_low"] for row in rows], [row["ratio_high"] for row in rows] - ratios]
+        axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=recipe)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("parameters in the blocks' matrices")
+    axes.set_ylabel("tokens to the reference's loss, as a fraction of its own")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.has_data():
+        axes.legend(frameon=False)
+    figure.savefig(out)
