@@ -31,7 +31,7 @@ class TokenStream:
 
     With `shuffle`, each epoch visits the shards in a new order, and the sequences of each shard in a new
     order; without, everything is read from start to end. Nothing is left out but the tail of each shard that
-    is too short for a sequence.
+    is too short for a sequence, which may be all of a small last shard.
     """
 
     def __init__(
@@ -43,12 +43,11 @@ class TokenStream:
         self.shuffle = shuffle
         # Each sequence needs one more token, the target of its last.
         self.counts = np.array([(shard.n_tokens - 1) // sequence_length for shard in shards])
-        for shard, count in zip(shards, self.counts, strict=True):
-            if count == 0:
-                raise UserError(
-                    f"{shard.path}: {shard.n_tokens} tokens, too short for one sequence of "
-                    f"{sequence_length} + 1: lower --sequence-length or remove the file"
-                )
+        if not self.counts.any():
+            raise UserError(
+                f"{shards[0].path}: {shards[0].n_tokens} tokens, too short for one sequence of "
+                f"{sequence_length} + 1: lower --sequence-length or add text"
+            )
 
     def __len__(self) -> int:
         """Sequences per epoch."""

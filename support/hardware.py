@@ -141,7 +141,8 @@ def _refuse_days(rt: Runtime, flops: float) -> None:
     days = flops / (measured_flops(rt.device, rt.dtype) * rt.world_size * share) / 86_400
     if days > 1:
         raise UserError(
-            f"--device auto: no GPU found, and this run would take at least {days:,.0f} days on this CPU: "
+            f"--device auto: no GPU found, and this run would take at least {days:,.0f} "
+            f"day{'s' * (days >= 1.5)} on this CPU: "
             "--device cpu if you mean it, --preset demo for a model that a CPU can train"
         )
 

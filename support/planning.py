@@ -138,22 +138,24 @@ def plan(
     optimizer: str = "adamw",
     recompute: bool = False,
 ) -> Plan:
-    """Plan a run on nodes of `hardware` ("8xA100-80GB"), `network` GB/s between them, `price` per GPU hour.
+    """Plan a run on nodes of `hardware` ("8xA100-80GB", "T4-16GB"), with `network` GB/s between them.
 
-    A step computes at `mfu` of the GPUs' peak, and at the same rate what `recompute` adds, which is planned
-    too where not one sequence fits without. Gradients, 4 bytes per parameter, travel during the backward
-    pass of the last micro-batch, two thirds of its time; the step waits for the rest. It always waits for the
-    token embedding's, the largest, which is complete only when backward ends: its matrix is the head's too.
+    A GPU costs `price` per hour. A step computes at `mfu` of the GPUs' peak, and at the same rate what
+    `recompute` adds, which is planned too where not one sequence fits without. Gradients, 4 bytes per
+    parameter, travel during the backward pass of the last micro-batch, two thirds of its time; the step waits
+    for the rest. It always waits for the token embedding's, the largest, which is complete only when backward
+    ends: its matrix is the head's too.
     Raises UserError on hardware that is not in the table, or too small for the model or the batch.
     """
-    match = re.fullmatch(r"(\d+)x(.+)", hardware)
+    match = re.fullmatch(r"(?:(\d+)x)?(.*)", hardware)
     known = {gpu.plan_name: gpu for gpu in GPUS}
-    if not match or match[2] not in known or int(match[1]) < 1:
-        similar = [f"{match[1]}x{name}" for name in known if name.startswith(match[2])] if match else []
+    count, name = int(match[1] or 1), match[2]
+    if name not in known or count < 1:
+        similar = [f"{count}x{other}" for other in known if other.startswith(name)]
         advice = f"did you mean {' or '.join(similar)}?" if similar else f"known GPUs: {', '.join(known)}"
         raise UserError(f"--plan {hardware}: not COUNTxGPU, such as 8xA100-80GB: {advice}")
-    gpu = known[match[2]]
-    gpus = int(match[1]) * nodes
+    gpu = known[name]
+    gpus = count * nodes
     sequences, rest = divmod(total_batch_size, sequence_length * gpus)
     if rest or sequences == 0:
         raise UserError(
@@ -178,7 +180,7 @@ def plan(
 
     def travel(n_bytes: float) -> float:
         between = all_reduce_seconds(n_bytes, nodes, network) if nodes > 1 else 0.0
-        return all_reduce_seconds(n_bytes, int(match[1]), gpu.link) + between
+        return all_reduce_seconds(n_bytes, count, gpu.link) + between
 
     last = 4 * config.vocab_size * config.n_embd
     hidden = 2 / 3 * compute / (sequences // B)

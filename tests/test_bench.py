@@ -145,10 +145,15 @@ def test_plans_leave_room_and_count_buckets() -> None:
         planning.plan("1xRTX4090-24GB", GPTConfig(1024, 50257, 48, 25, 1600), 1024, 524_288, 100, mfu=0.5)
 
 
-@pytest.mark.parametrize("hardware", ["8xA100", "A100-80GB", "0xA100-80GB", "3xA100-80GB", "-1xA100-80GB"])
+@pytest.mark.parametrize("hardware", ["8xA100", "A100", "", "0xA100-80GB", "3xA100-80GB", "-1xA100-80GB"])
 def test_plans_for_hardware_that_is_none(hardware: str) -> None:
     with pytest.raises(UserError, match="--plan"):
         planning.plan(hardware, GPTConfig(), 1024, 524_288, 100, mfu=0.5)
+
+
+def test_one_gpu_needs_no_count() -> None:
+    one = planning.plan("1xT4-16GB", GPTConfig(), 1024, 524_288, 100, mfu=0.5)
+    assert planning.plan("T4-16GB", GPTConfig(), 1024, 524_288, 100, mfu=0.5) == one
 
 
 def test_peaks_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:

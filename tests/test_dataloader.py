@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, T, environment
+from helpers import ROOT, T, environment, write_shard
 
 from dataloader import TokenStream, permute, train_batches, val_batches
 from pre_tokens import shards
@@ -46,6 +46,18 @@ def test_an_epoch_visits_each_sequence_once(data_dir: Path) -> None:
     for epoch in range(3):
         numbers = np.arange(epoch * n, (epoch + 1) * n)
         assert sorted(map(bytes, shuffled.read(numbers))) == everything
+
+
+@pytest.mark.parametrize("name", ["tiny_train_000000.npy", "tiny_train_000009.npy"])
+def test_a_shard_too_short_for_a_sequence_is_all_tail(data_dir: Path, name: str) -> None:
+    n = len(train_stream(data_dir))
+    before = train_stream(data_dir, shuffle=False).read(np.arange(2 * n))
+    write_shard(data_dir / name, T)
+    after = train_stream(data_dir, shuffle=False)
+    assert len(after) == n
+    np.testing.assert_array_equal(after.read(np.arange(2 * n)), before)
+    shuffled = train_stream(data_dir).read(np.arange(n))
+    assert sorted(map(bytes, shuffled)) == sorted(map(bytes, before[:n]))
 
 
 def test_order_changes_with_seed_and_epoch_and_nothing_else(data_dir: Path) -> None:

@@ -66,7 +66,10 @@ SHARD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "two-dimensional": (put(np.zeros((20, 20), np.uint16)), "2 dimensions"),
     "empty": (put(np.zeros(0, np.uint16)), "is empty"),
     "id 50257": (put(np.full(500, 50257, np.uint16)), "contains token id 50257"),
-    "too short": (put(np.zeros(T, np.uint16)), "too short for one sequence"),
+    "all too short": (
+        lambda d: [np.save(path, np.zeros(T, np.uint16)) for path in d.glob("*_train_*.npy")],
+        "too short for one sequence",
+    ),
     "a folder": (lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), "not a regular file"),
     "a pipe": (lambda d: ((d / SHARD).unlink(), os.mkfifo(d / SHARD)), "not a regular file"),
     "a pipe as the manifest": (lambda d: os.mkfifo(d / "manifest.json"), "not a regular file"),
