@@ -171,17 +171,27 @@ class Ladder:
     def best_exponent(self, rung: str, recipe: str) -> int:
         """Of the best learning rate at the shortest length with the first seed; its neighbours are worse.
 
-        A factor of 2 apart at first, then the square root of 2. A variant starts where its base ends.
+        A factor of 2 apart at first, then the square root of 2; the latter at once where a start is known:
+        the best rate of a variant's base, or of this recipe on a rung below.
         """
         length, base = min(self.s.lengths), RECIPES[recipe].base
-        best = self.best_exponent(rung, base) if base else 0
+        known = self.best_exponent(rung, base) if base else self.exponent_below(rung, recipe)
+        best = known or 0
         losses: dict[int, float] = {}
-        for step in (1,) if base else (2, 1):
+        for step in (2, 1) if known is None else (1,):
             while wanted := {best - step, best, best + step} - set(losses):
                 runs = {k: self.start(rung, recipe, self.rate(recipe, k), length, 1) for k in wanted}
                 losses |= {k: as_loss(future.result()["loss"]) for k, future in runs.items()}
                 best = min(losses, key=losses.get)
         return best
+
+    def exponent_below(self, rung: str, recipe: str) -> int | None:
+        """Of the best rate of a recipe on the next rung below that has results."""
+        for below in reversed(list(RUNGS)[: list(RUNGS).index(rung)]):
+            for runs in recipe_report.best_runs(self.results, below, recipe).values():
+                for run in runs.values():
+                    return round(2 * math.log2(run["flags"]["learning_rate"] / self.rate(recipe, 0)))
+        return None
 
 
 def as_loss(value: float | None) -> float:

@@ -164,7 +164,9 @@ def test_variants_are_compared_with_their_base() -> None:
     assert "nan" not in recipe_report.text(of_one_length)
 
 
-def test_a_variant_starts_where_its_base_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_starts_where_its_base_ends_and_a_rung_where_the_one_below_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried: list[tuple[str, int]] = []
     best = {"muon": 4, "muon-normuon": 3}
 
@@ -176,5 +178,12 @@ def test_a_variant_starts_where_its_base_ends(tmp_path: Path, monkeypatch: pytes
         return future
 
     monkeypatch.setattr(Ladder, "start", start)
-    assert Ladder(Settings(results=tmp_path / "none.jsonl")).best_exponent("2x64", "muon-normuon") == 3
+    ladder = Ladder(Settings(results=tmp_path / "none.jsonl"))
+    assert ladder.best_exponent("2x64", "muon-normuon") == 3
     assert sorted(k for name, k in tried if name == "muon-normuon") == [2, 3, 4, 5]
+    tried.clear()
+    rate = recipe.RECIPES["muon"].learning_rate * 2**2.5
+    flags = {"learning_rate": rate, "seed": 1}
+    ladder.results.append({"rung": "2x64", "recipe": "muon", "length": 5.0, "loss": 2.0, "flags": flags})
+    assert ladder.best_exponent("2x128", "muon") == 4
+    assert sorted(k for _, k in tried) == [3, 4, 5, 6]
