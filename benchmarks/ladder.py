@@ -81,14 +81,17 @@ VARIANTS = {
     "adamw": {
         "warmup-2": {"warmup": 0.02},
         "cosine": {"schedule": "cosine"},
+        "no-decay": {"weight_decay": 0.0},
         "decay": {"weight_decay": 0.4},
         "embedding-2": {"embedding_lr_ratio": 2.0},
+        "embedding-4": {"embedding_lr_ratio": 4.0},
         **{name: {"ingredients": name} for name in ("zero-init", "betas-80", "average")},
     },
     "muon": {
         "cooldown-30": {"cooldown_fraction": 0.3},
         "linear": {"schedule": "linear"},
         "warmup-10": {"warmup": 0.1},
+        "no-decay": {"weight_decay": 0.0},
         "decay": {"weight_decay": 0.4},
         "decay-cautious": {"weight_decay": 0.4, "ingredients": "cautious"},
         "embedding-1": {"embedding_lr_ratio": 1.0},
