@@ -96,7 +96,7 @@ def set_up(s: Settings) -> Run:
     rt, clock = runtime.start(s.device, s.dtype), Clock()
     shape = GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
     flops = s.max_steps * s.total_batch_size * shape.flops_per_token(s.sequence_length)
-    hardware.refuse_days_on_cpu(s.device, flops, rt)
+    hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
     head = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
     with clock("data"):
         rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)

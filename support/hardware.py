@@ -124,25 +124,25 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def refuse_days_on_cpu(device: str, flops: float, rt: Runtime) -> None:
-    """Raise UserError if --device auto chose the CPU for more than a day of work, `flops` at its peak rate.
+def refuse_long_runs_on_cpu(device: str, flops: float, rt: Runtime) -> None:
+    """Raise UserError if --device auto chose the CPU for more than 6 hours of work, `flops` at its peak rate.
 
     Nobody who meant a GPU shall download the data and then train for months without one.
     """
     if device == "auto" and rt.device.type == "cpu":
         # One process measures, since all must come to the same answer.
-        rt.run_on_some(rt.is_main, lambda: _refuse_days(rt, flops))
+        rt.run_on_some(rt.is_main, lambda: _refuse_long_runs(rt, flops))
 
 
-def _refuse_days(rt: Runtime, flops: float) -> None:
+def _refuse_long_runs(rt: Runtime, flops: float) -> None:
     # The processes on a machine share its cores: eight of them on two cores do the work of two.
     threads = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = min(1.0, (os.cpu_count() or 1) / threads)
     days = flops / (measured_flops(rt.device, rt.dtype) * rt.world_size * share) / 86_400
-    if days > 1:
+    if days > 0.25:
+        time_needed = f"{days:,.0f} days" if days >= 2 else f"{24 * days:.0f} hours"
         raise UserError(
-            f"--device auto: no GPU found, and this run would take at least {days:,.0f} "
-            f"day{'s' * (days >= 1.5)} on this CPU: "
+            f"--device auto: no GPU found, and this run would take at least {time_needed} on this CPU: "
             "--device cpu if you mean it, --preset demo for a model that a CPU can train"
         )
 
