@@ -85,6 +85,8 @@ VARIANTS = {
         "decay": {"weight_decay": 0.4},
         "embedding-2": {"embedding_lr_ratio": 2.0},
         "embedding-4": {"embedding_lr_ratio": 4.0},
+        "embedding-8": {"embedding_lr_ratio": 8.0},
+        "embedding-4-betas-80": {"embedding_lr_ratio": 4.0, "ingredients": "betas-80"},
         **{name: {"ingredients": name} for name in ("zero-init", "betas-80", "average")},
     },
     "muon": {
