@@ -70,13 +70,11 @@ class Recipe:
         return values
 
 
-REFERENCE = "reference"
+REFERENCE, TUNED = "reference", "adamw-tuned"
 RECIPES = {
     REFERENCE: Recipe.of_preset("gpt2-124m"),
     "adamw": Recipe(4.8e-3, schedule="linear", warmup=0.1),
-    "adamw-tuned": Recipe(
-        4.8e-3, schedule="linear", warmup=0.1, embedding_lr_ratio=4.0, ingredients="betas-80"
-    ),
+    TUNED: Recipe(4.8e-3, schedule="linear", warmup=0.1, embedding_lr_ratio=4.0, ingredients="betas-80"),
     "muon": dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7),
 }
 # Recipes that differ from those in one thing each.

@@ -1,11 +1,12 @@
 """What the results of benchmarks/recipe.py say: the tokens that recipes save, as tables and a figure."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from ladder import RECIPES, REFERENCE, RUNGS
+from ladder import RECIPES, REFERENCE, RUNGS, TUNED
 
 Result = dict[str, object]
 Runs = dict[int, dict[float, Result]]  # of one recipe on one rung, by seed and length
@@ -63,26 +64,27 @@ def shared(*sides: Runs) -> tuple[float, list[int]]:
     return longest, sorted(set.intersection(*seeds))
 
 
-# ---------------------------------------------------------------- recipes against the reference
+# ---------------------------------------------------------------- recipes against each other
 
 
-def compare(results: list[Result], rung: str, recipe: str) -> Result | None:
-    """A recipe at its best rate beside the reference at its own, on one rung; None without common runs."""
-    own, reference = best_runs(results, rung, recipe), best_runs(results, rung, REFERENCE)
-    length, seeds = shared(own, reference)
+def compare(results: list[Result], rung: str, recipe: str, other: str = REFERENCE) -> Result | None:
+    """A recipe at its best rate beside another at its own, on one rung; None without common runs.
+
+    "ratio": the tokens after which it has the loss that the other ends with, as a fraction of the other's.
+    """
+    own, beside = best_runs(results, rung, recipe), best_runs(results, rung, other)
+    length, seeds = shared(own, beside)
     if not seeds:
         return None
-    differences, ratios, seconds = [], [], []
+    ratios, seconds = [], []
     for seed in seeds:
-        target, run = reference[seed][length], own[seed][length]
-        differences.append(run["loss"] - target["loss"])
+        target, run = beside[seed][length], own[seed][length]
         runs = own[seed].values()
         reached = tokens_to_reach(target["loss"], [r["tokens"] for r in runs], [r["loss"] for r in runs])
         ratios.append(math.log(reached / target["tokens"]))
         if "seconds" in run and "seconds" in target:
             seconds.append(run["seconds"] / target["seconds"])
     mean, half = interval(ratios)
-    difference, its_half = interval(differences)
     return {
         "rung": rung,
         "recipe": recipe,
@@ -90,8 +92,6 @@ def compare(results: list[Result], rung: str, recipe: str) -> Result | None:
         "length": length,
         "seeds": len(seeds),
         "loss": float(np.mean([own[seed][length]["loss"] for seed in seeds])),
-        "difference": difference,
-        "difference_half": its_half,
         "ratio": math.exp(mean),
         "ratio_low": math.exp(mean - half),
         "ratio_high": math.exp(mean + half),
@@ -140,32 +140,21 @@ def vary(results: list[Result], rung: str, recipe: str) -> Result | None:
 def text(results: list[Result]) -> str:
     """Both comparisons as tables in Markdown."""
     main = [name for name, recipe in RECIPES.items() if not recipe.base]
-    beside = [row for rung in RUNGS for name in main if (row := compare(results, rung, name))]
     variants = [name for name, recipe in RECIPES.items() if recipe.base]
     varied = [row for name in variants for rung in RUNGS if (row := vary(results, rung, name))]
     lines = [
-        "| shape | recipe | best rate | tokens per block parameter | seeds | loss | minus the reference's | "
-        "tokens to the reference's loss | time of a step |",
+        "| shape | recipe | best rate | tokens per block parameter | seeds | loss | "
+        "tokens to the reference's loss | to tuned AdamW's | time of a step |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in beside:
-        cells = [
-            r["rung"],
-            r["recipe"],
-            f"{r['rate']:.2g}",
-            f"{r['length']:g}",
-            r["seeds"],
-            f"{r['loss']:.4f}",
-        ]
-        if r["recipe"] == REFERENCE:
-            cells += ["", "1", "1"]
-        else:
-            cells += [
-                with_error(r["difference"], r["difference_half"]),
-                with_range(r["ratio"], r["ratio_low"], r["ratio_high"]),
-                "" if math.isnan(r["step_time"]) else f"{r['step_time']:.2f}",
-            ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for rung, name in itertools.product(RUNGS, main):
+        if r := compare(results, rung, name):
+            cells = [rung, name, f"{r['rate']:.2g}", f"{r['length']:g}", r["seeds"], f"{r['loss']:.4f}"]
+            for other in (REFERENCE, TUNED):
+                row = compare(results, rung, name, other) if name != other else None
+                cells.append(with_range(row["ratio"], row["ratio_low"], row["ratio_high"]) if row else "")
+            cells.append("" if math.isnan(r["step_time"]) else f"{r['step_time']:.2f}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
         "| variant | shape | best rate | tokens per block parameter | seeds | loss minus its base's | "
@@ -195,25 +184,28 @@ def with_range(value: float, low: float, high: float, form: str = ".2f") -> str:
 
 
 def draw(results: list[Result], out: Path) -> None:
-    """Tokens to the reference's loss against the model's size, one line per recipe."""
+    """Tokens to another recipe's loss against the model's size, one line per pair."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="0.5", linestyle=":")
-    for recipe in RECIPES:
-        rows = [row for rung in RUNGS if (row := compare(results, rung, recipe))]
+    main = [name for name, recipe in RECIPES.items() if not recipe.base]
+    lines = [(name, REFERENCE) for name in main if name != REFERENCE] + [("muon", TUNED)]
+    for recipe, other in lines:
+        rows = [row for rung in RUNGS if (row := compare(results, rung, recipe, other))]
         rows = [row for row in rows if not math.isnan(row["ratio"])]
-        if not rows or recipe == REFERENCE:
-            continue
         sizes = [RUNGS[row["rung"]].block_parameters for row in rows]
         ratios = np.array([row["ratio"] for row in rows])
         bars = [ratios - [row["ratio_low"] for row in rows], [row["ratio_high"] for row in rows] - ratios]
-        axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=recipe)
+        if rows:
+            style = {"linestyle": "--"} if other == TUNED else {}
+            label = f"{recipe}, to {other}'s loss"
+            axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=label, **style)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("parameters in the blocks' matrices")
-    axes.set_ylabel("tokens to the reference's loss, as a fraction of its own")
+    axes.set_ylabel("tokens to another recipe's loss, as a fraction of its own")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.has_data():

@@ -129,18 +129,21 @@ def test_recipes_are_compared_by_seed() -> None:
     assert (row["rate"], row["length"], row["seeds"]) == (2e-3, 10.0, 3)
     assert row["ratio"] == pytest.approx(1 / 1.6)
     assert row["ratio_low"] == pytest.approx(row["ratio_high"])
-    assert row["difference"] == pytest.approx(-0.5 * math.log(1.6))
+    assert row["loss"] == pytest.approx(law(2e6, 1.6) + sum(noise) / 3)
     assert row["step_time"] == pytest.approx(1 / 1.6)
     other = recipe_report.compare(
         results("reference", 1.0, noise) + results("muon", 1.6, noise[::-1]), "2x64", "muon"
     )
     assert other["ratio_low"] < other["ratio"] < other["ratio_high"]
+    runs += results("adamw-tuned", 1.25, noise)
+    assert recipe_report.compare(runs, "2x64", "muon", "adamw-tuned")["ratio"] == pytest.approx(1.25 / 1.6)
     for run in runs:
         del run["seconds"]
     assert recipe_report.compare(runs, "2x128", "muon") is None
     text = recipe_report.text(runs)
     assert "nan" not in text
-    assert "| 2x64 | muon | 0.002 | 10 | 3 |" in text
+    assert "| 2x64 | reference | 0.002 | 10 | 3 | 0.7624 |  | 1.25 (1.25 to 1.25) |  |" in text
+    assert "| 2x64 | muon | 0.002 | 10 | 3 | 0.5274 | 0.62 (0.62 to 0.62) | 0.78 (0.78 to 0.78) |  |" in text
 
 
 def test_variants_are_compared_with_their_base() -> None:
