@@ -76,6 +76,15 @@ class Ladder:
         self.pool = concurrent.futures.ThreadPoolExecutor(s.jobs)
         self.started: dict[tuple, concurrent.futures.Future[Result]] = {}
 
+    def key(self, rung: str, recipe: str, rate: float, length: float, seed: int) -> Result:
+        """The settings of a run, by which its result is known."""
+        shape, steps = RUNGS[rung], RUNGS[rung].steps(length)
+        flags = {**shape.flags(), **RECIPES[recipe].flags(steps), "learning_rate": rate, "max_steps": steps}
+        flags |= {"seed": seed, "val_tokens": VAL_TOKENS, "dtype": self.s.dtype}
+        ingredients = RECIPES[recipe].ingredients
+        about = {"data": self.data, "rung": rung, "vocab_size": shape.vocab_size, "recipe": recipe}
+        return {**about, "ingredients": ingredients, "length": length, "flags": flags}
+
     def find(self, key: Result) -> Result | None:
         """The result of the run with these settings."""
         return next((r for r in self.results if all(r.get(name) == key[name] for name in key)), None)
@@ -93,22 +102,11 @@ class Ladder:
     def train(self, rung: str, recipe: str, rate: float, length: float, seed: int) -> Result:
         """Train one run to its end, or find it among the results."""
         shape, s = RUNGS[rung], self.s
-        steps = shape.steps(length)
-        flags = {**shape.flags(), **RECIPES[recipe].flags(steps), "learning_rate": rate}
-        flags |= {"max_steps": steps, "seed": seed, "val_tokens": VAL_TOKENS, "dtype": s.dtype}
-        ingredients = RECIPES[recipe].ingredients
+        key = self.key(rung, recipe, rate, length, seed)
         if other := next((r["data"] for r in self.results if r["data"] != self.data), None):
             raise UserError(
                 f"--results {s.results}: its runs are on {other}, not {self.data}: name another file"
             )
-        key = {
-            "data": self.data,
-            "rung": rung,
-            "vocab_size": shape.vocab_size,
-            "recipe": recipe,
-            "ingredients": ingredients,
-        }
-        key |= {"length": length, "flags": flags}
         if found := self.find(key):
             return found
         run = s.out_dir / f"{rung}-{recipe}-{rate:g}-{length:g}-{seed}"
@@ -116,16 +114,16 @@ class Ladder:
             "data_dir": self.data_dir(shape),
             "dataset_repo": "none",
             "out_dir": run,
-            "val_interval": steps,  # before the first step and after the last
+            "val_interval": shape.steps(length),  # before the first step and after the last
             "hellaswag_interval": 0,
             "sample_interval": 0,
             "keep_checkpoints": 1,
         }
-        script = str(ROOT / "benchmarks" / "trial.py")
+        script, ingredients = str(ROOT / "benchmarks" / "trial.py"), RECIPES[recipe].ingredients
         # What an ingredient remembers is in no checkpoint.
         start = "--overwrite" if ingredients else "--resume"
         command = [sys.executable, script, str(shape.vocab_size), ingredients, start]
-        for name, value in {**flags, **flags_of_place}.items():
+        for name, value in {**key["flags"], **flags_of_place}.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         threads = max(1, (os.cpu_count() or 1) // s.jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
@@ -172,13 +170,17 @@ class Ladder:
         """Of the best learning rate at the shortest length with the first seed; its neighbours are worse.
 
         A factor of 2 apart at first, then the square root of 2; the latter at once where a start is known:
-        the best rate of a variant's base, or of this recipe on a rung below.
+        the best of the rates with results, or that of a variant's base, or of this recipe on a rung below.
         """
         length, base = min(self.s.lengths), RECIPES[recipe].base
-        known = self.best_exponent(rung, base) if base else self.exponent_below(rung, recipe)
-        best = known or 0
-        losses: dict[int, float] = {}
-        for step in (2, 1) if known is None else (1,):
+        keys = {k: self.key(rung, recipe, self.rate(recipe, k), length, 1) for k in range(-12, 13)}
+        losses = {k: as_loss(found["loss"]) for k, key in keys.items() if (found := self.find(key))}
+        if losses:
+            start = min(losses, key=losses.get)
+        else:
+            start = self.best_exponent(rung, base) if base else self.exponent_below(rung, recipe)
+        best = start or 0
+        for step in (2, 1) if start is None else (1,):
             while wanted := {best - step, best, best + step} - set(losses):
                 runs = {k: self.start(rung, recipe, self.rate(recipe, k), length, 1) for k in wanted}
                 losses |= {k: as_loss(future.result()["loss"]) for k, future in runs.items()}

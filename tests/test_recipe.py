@@ -63,6 +63,7 @@ def test_the_sweep_goes_on_until_the_best_lies_between_two(
 
     monkeypatch.setattr(Ladder, "start", start)
     ladder = Ladder(Settings(results=tmp_path / "results.jsonl"))
+    ladder.data = "tiny"
     assert ladder.best_exponent("2x64", "muon") == best
     assert {best - 1, best, best + 1} <= set(tried)
     assert len(tried) == len(set(tried))
@@ -182,6 +183,7 @@ def test_a_variant_starts_where_its_base_ends_and_a_rung_where_the_one_below_doe
 
     monkeypatch.setattr(Ladder, "start", start)
     ladder = Ladder(Settings(results=tmp_path / "none.jsonl"))
+    ladder.data = "tiny"
     assert ladder.best_exponent("2x64", "muon-normuon") == 3
     assert sorted(k for name, k in tried if name == "muon-normuon") == [2, 3, 4, 5]
     tried.clear()
@@ -190,3 +192,11 @@ def test_a_variant_starts_where_its_base_ends_and_a_rung_where_the_one_below_doe
     ladder.results.append({"rung": "2x64", "recipe": "muon", "length": 5.0, "loss": 2.0, "flags": flags})
     assert ladder.best_exponent("2x128", "muon") == 4
     assert sorted(k for _, k in tried) == [3, 4, 5, 6]
+    tried.clear()
+    for k, loss in ((3, 1.0), (4, 2.0), (5, 1.5)):  # these are known, one of them by luck
+        ladder.results.append(
+            {**ladder.key("4x192", "muon", ladder.rate("muon", k), 5.0, 1), "loss": loss, "tokens": 1}
+        )
+    best["muon"] = 2
+    assert ladder.best_exponent("4x192", "muon") == 2
+    assert [k for _, k in tried] == [2, 1]
