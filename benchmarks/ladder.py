@@ -87,7 +87,9 @@ VARIANTS = {
         "embedding-2": {"embedding_lr_ratio": 2.0},
         "embedding-4": {"embedding_lr_ratio": 4.0},
         "embedding-8": {"embedding_lr_ratio": 8.0},
-        **{name: {"ingredients": name} for name in ("zero-init", "betas-80", "average")},
+        **{
+            name: {"ingredients": name} for name in ("zero-init", "betas-80", "average", "no-embedding-decay")
+        },
     },
     "muon": {
         "cooldown-30": {"cooldown_fraction": 0.3},
@@ -102,6 +104,7 @@ VARIANTS = {
             name: {"ingredients": name}
             for name in (
                 "normuon", "polar-express", "cubic", "momentum-warmup", "zero-init", "betas-80", "average",
+                "no-embedding-decay",
             )
         },
     },

@@ -94,6 +94,11 @@ def with_betas(optimizer: type, betas: tuple[float, float]) -> Callable[..., tor
     return lambda *args, **options: optimizer(*args, **{**options, "betas": betas})
 
 
+def without_embedding_decay(optimizer: type) -> Callable[..., torch.optim.Optimizer]:
+    """The optimizer, whose first group is the embeddings, without weight decay for them."""
+    return lambda groups, **options: optimizer([{**groups[0], "weight_decay": 0.0}, *groups[1:]], **options)
+
+
 def averaging(step: Callable[..., None], max_steps: int) -> Callable[..., None]:
     """`optim.step` that ends with the weights' average over the last 5 % of the steps."""
     last = max(1, max_steps // 20)
@@ -119,6 +124,7 @@ def use(names: list[str]) -> None:
     """Put the named ingredients into this process."""
     polynomials = {"polar-express": POLAR_EXPRESS, "cubic": CUBIC}
     known = {*polynomials, "normuon", "cautious", "momentum-warmup", "zero-init", "betas-80", "average"}
+    known.add("no-embedding-decay")
     for name in names:
         if name not in known:
             raise UserError(f"{name}: not one of {', '.join(sorted(known))}")
@@ -138,6 +144,8 @@ def use(names: list[str]) -> None:
         elif name == "average":
             max_steps = int(sys.argv[sys.argv.index("--max-steps") + 1])
             optim.step = averaging(optim.step, max_steps)
+        elif name == "no-embedding-decay":
+            torch.optim.AdamW = without_embedding_decay(torch.optim.AdamW)
         elif name == "betas-80":
             torch.optim.AdamW = with_betas(torch.optim.AdamW, (0.8, 0.95))
     if names:
