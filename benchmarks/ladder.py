@@ -70,11 +70,10 @@ class Recipe:
         return values
 
 
-REFERENCE, TUNED = "reference", "adamw-tuned"
+REFERENCE = "reference"
 RECIPES = {
     REFERENCE: Recipe.of_preset("gpt2-124m"),
     "adamw": Recipe(4.8e-3, schedule="linear", warmup=0.1),
-    TUNED: Recipe(4.8e-3, schedule="linear", warmup=0.1, embedding_lr_ratio=4.0, ingredients="betas-80"),
     "muon": dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7),
 }
 # Recipes that differ from those in one thing each.
@@ -87,6 +86,7 @@ VARIANTS = {
         "embedding-2": {"embedding_lr_ratio": 2.0},
         "embedding-4": {"embedding_lr_ratio": 4.0},
         "embedding-8": {"embedding_lr_ratio": 8.0},
+        "embedding-4-betas-80": {"embedding_lr_ratio": 4.0, "ingredients": "betas-80"},
         **{
             name: {"ingredients": name} for name in ("zero-init", "betas-80", "average", "no-embedding-decay")
         },

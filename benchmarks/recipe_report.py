@@ -1,12 +1,11 @@
 """What the results of benchmarks/recipe.py say: the tokens that recipes save, as tables and a figure."""
 
-import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from ladder import RECIPES, REFERENCE, RUNGS, TUNED
+from ladder import RECIPES, REFERENCE, RUNGS
 
 Result = dict[str, object]
 Runs = dict[int, dict[float, Result]]  # of one recipe on one rung, by seed and length
@@ -137,9 +136,18 @@ def vary(results: list[Result], rung: str, recipe: str) -> Result | None:
 # ---------------------------------------------------------------- text and figure
 
 
+def tuned_adamw(results: list[Result], rung: str) -> str:
+    """The best AdamW of a rung, of all that were tried there, by what its rate is chosen by too."""
+    losses = {}
+    for name in RECIPES:
+        runs = best_runs(results, rung, name).get(1) if name.startswith("adamw") else None
+        if runs:
+            losses[name] = runs[min(runs)]["loss"]
+    return min(losses, key=losses.get, default=REFERENCE)
+
+
 def text(results: list[Result]) -> str:
     """Both comparisons as tables in Markdown."""
-    main = [name for name, recipe in RECIPES.items() if not recipe.base]
     variants = [name for name, recipe in RECIPES.items() if recipe.base]
     varied = [row for name in variants for rung in RUNGS if (row := vary(results, rung, name))]
     lines = [
@@ -147,10 +155,13 @@ def text(results: list[Result]) -> str:
         "tokens to the reference's loss | to tuned AdamW's | time of a step |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for rung, name in itertools.product(RUNGS, main):
-        if r := compare(results, rung, name):
+    for rung in RUNGS:
+        tuned = tuned_adamw(results, rung)
+        for name in dict.fromkeys((REFERENCE, tuned, "muon")):
+            if not (r := compare(results, rung, name)):
+                continue
             cells = [rung, name, f"{r['rate']:.2g}", f"{r['length']:g}", r["seeds"], f"{r['loss']:.4f}"]
-            for other in (REFERENCE, TUNED):
+            for other in (REFERENCE, tuned):
                 row = compare(results, rung, name, other) if name != other else None
                 cells.append(with_range(row["ratio"], row["ratio_low"], row["ratio_high"]) if row else "")
             cells.append("" if math.isnan(r["step_time"]) else f"{r['step_time']:.2f}")
@@ -190,18 +201,21 @@ def draw(results: list[Result], out: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="0.5", linestyle=":")
-    main = [name for name, recipe in RECIPES.items() if not recipe.base]
-    lines = [(name, REFERENCE) for name in main if name != REFERENCE] + [("muon", TUNED)]
-    for recipe, other in lines:
-        rows = [row for rung in RUNGS if (row := compare(results, rung, recipe, other))]
+    tuned = {rung: tuned_adamw(results, rung) for rung in RUNGS}
+    of_reference = dict.fromkeys(RUNGS, REFERENCE)
+    muon = dict.fromkeys(RUNGS, "muon")
+    for label, recipe, other in (
+        ("tuned AdamW, to the reference's loss", tuned, of_reference),
+        ("Muon, to the reference's loss", muon, of_reference),
+        ("Muon, to tuned AdamW's loss", muon, tuned),
+    ):
+        rows = [row for rung in RUNGS if (row := compare(results, rung, recipe[rung], other[rung]))]
         rows = [row for row in rows if not math.isnan(row["ratio"])]
         sizes = [RUNGS[row["rung"]].block_parameters for row in rows]
         ratios = np.array([row["ratio"] for row in rows])
         bars = [ratios - [row["ratio_low"] for row in rows], [row["ratio_high"] for row in rows] - ratios]
         if rows:
-            style = {"linestyle": "--"} if other == TUNED else {}
-            label = f"{recipe}, to {other}'s loss"
-            axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=label, **style)
+            axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=label)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("parameters in the blocks' matrices")

@@ -136,8 +136,9 @@ def test_recipes_are_compared_by_seed() -> None:
         results("reference", 1.0, noise) + results("muon", 1.6, noise[::-1]), "2x64", "muon"
     )
     assert other["ratio_low"] < other["ratio"] < other["ratio_high"]
-    runs += results("adamw-tuned", 1.25, noise)
-    assert recipe_report.compare(runs, "2x64", "muon", "adamw-tuned")["ratio"] == pytest.approx(1.25 / 1.6)
+    runs += results("adamw", 1.1, noise) + results("adamw-cosine", 1.25, noise)
+    assert recipe_report.tuned_adamw(runs, "2x64") == "adamw-cosine"
+    assert recipe_report.compare(runs, "2x64", "muon", "adamw-cosine")["ratio"] == pytest.approx(1.25 / 1.6)
     for run in runs:
         del run["seconds"]
     assert recipe_report.compare(runs, "2x128", "muon") is None
