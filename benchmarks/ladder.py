@@ -76,7 +76,7 @@ RECIPES = {
     "adamw": Recipe(4.8e-3, schedule="linear", warmup=0.1),
     "muon": dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7),
 }
-# Recipes that differ from those in one thing each.
+# Recipes that differ from those in one thing, or two.
 VARIANTS = {
     "adamw": {
         "warmup-2": {"warmup": 0.02},

@@ -137,7 +137,7 @@ class Ladder:
             self.results.append(result)
             with open(s.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-        print(f"{run.name:32} loss {result['loss']:.4f}  {result['seconds']:.0f} s", flush=True)
+        print(f"{run.name:32} loss {as_loss(result['loss']):.4f}  {result['seconds']:.0f} s", flush=True)
         return result
 
     @functools.cached_property

@@ -123,8 +123,10 @@ def averaging(step: Callable[..., None], max_steps: int) -> Callable[..., None]:
 def use(names: list[str]) -> None:
     """Put the named ingredients into this process."""
     polynomials = {"polar-express": POLAR_EXPRESS, "cubic": CUBIC}
-    known = {*polynomials, "normuon", "cautious", "momentum-warmup", "zero-init", "betas-80", "average"}
-    known.add("no-embedding-decay")
+    known = {
+        *polynomials,
+        *("normuon", "cautious", "momentum-warmup", "zero-init", "betas-80", "average", "no-embedding-decay"),
+    }
     for name in names:
         if name not in known:
             raise UserError(f"{name}: not one of {', '.join(sorted(known))}")

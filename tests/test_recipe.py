@@ -1,10 +1,12 @@
 """benchmarks/recipe.py: the sweep, its cache, and how runs of several lengths are compared."""
 
+import functools
 import json
 import math
 import subprocess
 import sys
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,27 @@ def test_the_sweep_goes_on_until_the_best_lies_between_two(
     assert ladder.best_exponent("2x64", "muon") == best
     assert {best - 1, best, best + 1} <= set(tried)
     assert len(tried) == len(set(tried))
+
+
+def test_recipes_side_by_side_train_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant and its base both ask for the base's sweep, at the same time."""
+    trained = []
+
+    def train(self: Ladder, rung: str, name: str, rate: float, length: float, seed: int) -> recipe.Result:
+        trained.append((name, rate, length, seed))
+        time.sleep(0.01)
+        return {"loss": abs(math.log(rate / recipe.RECIPES[name].learning_rate))}
+
+    monkeypatch.setattr(Ladder, "train", train)
+    ladder = Ladder(Settings(results=tmp_path / "none.jsonl", lengths=[5.0, 10.0], seeds=2, jobs=2))
+    ladder.data = "tiny"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(functools.partial(ladder.finish, "2x64"), ("muon", "muon-normuon")))
+    assert len(trained) == len(set(trained))
+    rate = recipe.RECIPES["muon"].learning_rate
+    for name in ("muon", "muon-normuon"):
+        wanted = {(name, rate, length, seed) for length in (5.0, 10.0) for seed in (1, 2)}
+        assert wanted <= set(trained)
 
 
 def test_a_run_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
