@@ -110,6 +110,17 @@ def test_a_run_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Ladder(s).train(*run)
 
 
+def test_too_large_a_rate_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of the end of the ladder, as the fifth step in a row that is not finite would be."""
+    write_shard(tmp_path / "tiny_val_000000.npy", 40 * 64)
+    write_shard(tmp_path / "tiny_train_000001.npy", 400 * 64, 1)
+    monkeypatch.setitem(recipe.RUNGS, "2x64", recipe.Rung(1, 64, 64, 16, 300))
+    s = Settings(data_dir=tmp_path, results=tmp_path / "results.jsonl", out_dir=tmp_path / "runs")
+    result = Ladder(s).train("2x64", "adamw", 1e30, 0.013, 1)
+    assert recipe.as_loss(result["loss"]) > 100
+    assert result["tokens"] == 10 * 64
+
+
 @pytest.mark.parametrize("vocab_size", [257, 2048, 50257])
 def test_a_smaller_vocabulary_tells_the_same_text(vocab_size: int) -> None:
     texts = ["", "Merges that were learned first.\n\n  Ünïcødé, 漢字, 🙂", "\x00 the the the", "naïve" * 30]
