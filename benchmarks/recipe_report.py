@@ -10,6 +10,10 @@ from ladder import RECIPES, REFERENCE, RUNGS
 Result = dict[str, object]
 Runs = dict[int, dict[float, Result]]  # of one recipe on one rung, by seed and length
 
+# Muon's steps to tuned AdamW's loss, as a fraction of its own, in modded-nanogpt's early records and on its
+# track 3, at 124M with rotary positions on FineWeb.
+PUBLISHED = (6200 / 9536, 3250 / 5625)
+
 
 # ---------------------------------------------------------------- statistics
 
@@ -32,12 +36,28 @@ def tokens_to_reach(target: float, tokens: Iterable[float], losses: Iterable[flo
     return math.nan
 
 
+def student_t(freedom: int) -> float:
+    """Half the width of a 95 % confidence interval, in standard errors (NaN for no degree of freedom)."""
+    known = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+    return known[freedom] if freedom < len(known) else 2.16
+
+
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval by Student's t (NaN for one value)."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+    """Mean, and half the width of its 95 % confidence interval (NaN for one value)."""
     n = len(values)
-    half = t.get(n, 2.3) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    half = student_t(n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return float(np.mean(values)), float(half)
+
+
+def line_at(at: float, x: list[float], y: list[float]) -> tuple[float, float]:
+    """The straight line of least squares through the points, at `at`; half the width of its 95 % interval."""
+    x, y = np.array(x), np.array(y)
+    slope, start = np.polyfit(x, y, 1)
+    spread = ((x - x.mean()) ** 2).sum()
+    freedom = len(x) - 2
+    error = math.sqrt(((y - start - slope * x) ** 2).sum() / freedom)
+    half = student_t(freedom) * error * math.sqrt(1 / len(x) + (at - x.mean()) ** 2 / spread)
+    return float(start + slope * at), float(half)
 
 
 def best_runs(results: list[Result], rung: str, recipe: str) -> Runs:
@@ -94,6 +114,7 @@ def compare(results: list[Result], rung: str, recipe: str, other: str = REFERENC
         "ratio": math.exp(mean),
         "ratio_low": math.exp(mean - half),
         "ratio_high": math.exp(mean + half),
+        "log_ratios": ratios,
         "step_time": float(np.median(seconds)) if seconds else math.nan,
     }
 
@@ -166,6 +187,10 @@ def text(results: list[Result]) -> str:
                 cells.append(with_range(row["ratio"], row["ratio_low"], row["ratio_high"]) if row else "")
             cells.append("" if math.isnan(r["step_time"]) else f"{r['step_time']:.2f}")
             lines.append(f"| {' | '.join(map(str, cells))} |")
+    size = RUNGS["12x768"].block_parameters
+    for label, rows in pairs(results).items():
+        if found := extrapolated(rows, size):
+            lines += ["", f"Continued to {size / 1e6:.0f} M: {label}: {with_range(*found)}"]
     lines += [
         "",
         "| variant | shape | best rate | tokens per block parameter | seeds | loss minus its base's | "
@@ -180,6 +205,34 @@ def text(results: list[Result]) -> str:
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def pairs(results: list[Result]) -> dict[str, list[Result]]:
+    """What the figure compares: recipe to recipe, each on every rung where there is a ratio."""
+    tuned = {rung: tuned_adamw(results, rung) for rung in RUNGS}
+    reference, muon = dict.fromkeys(RUNGS, REFERENCE), dict.fromkeys(RUNGS, "muon")
+    found = {}
+    for label, recipe, other in (
+        ("tuned AdamW, to the reference's loss", tuned, reference),
+        ("Muon, to the reference's loss", muon, reference),
+        ("Muon, to tuned AdamW's loss", muon, tuned),
+    ):
+        rows = [row for rung in RUNGS if (row := compare(results, rung, recipe[rung], other[rung]))]
+        found[label] = [row for row in rows if not math.isnan(row["ratio"])]
+    return found
+
+
+def extrapolated(rows: list[Result], size: float) -> tuple[float, float, float] | None:
+    """The ratio at `size` and its 95 % range, by a power law through every seed on three rungs or more."""
+    if len(rows) < 3:
+        return None
+    points = [(math.log(block_parameters(row)), y) for row in rows for y in row["log_ratios"]]
+    middle, half = line_at(math.log(size), *zip(*points, strict=True))
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
+def block_parameters(row: Result) -> int:
+    return RUNGS[row["rung"]].block_parameters
 
 
 def with_error(value: float, half: float) -> str:
@@ -201,27 +254,20 @@ def draw(results: list[Result], out: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="0.5", linestyle=":")
-    tuned = {rung: tuned_adamw(results, rung) for rung in RUNGS}
-    of_reference = dict.fromkeys(RUNGS, REFERENCE)
-    muon = dict.fromkeys(RUNGS, "muon")
-    for label, recipe, other in (
-        ("tuned AdamW, to the reference's loss", tuned, of_reference),
-        ("Muon, to the reference's loss", muon, of_reference),
-        ("Muon, to tuned AdamW's loss", muon, tuned),
-    ):
-        rows = [row for rung in RUNGS if (row := compare(results, rung, recipe[rung], other[rung]))]
-        rows = [row for row in rows if not math.isnan(row["ratio"])]
-        sizes = [RUNGS[row["rung"]].block_parameters for row in rows]
+    for label, rows in pairs(results).items():
         ratios = np.array([row["ratio"] for row in rows])
         bars = [ratios - [row["ratio_low"] for row in rows], [row["ratio_high"] for row in rows] - ratios]
         if rows:
+            sizes = [block_parameters(row) for row in rows]
             axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=label)
+    size = RUNGS["12x768"].block_parameters
+    label = "the same in published runs, with rotary positions"
+    axes.errorbar([size] * len(PUBLISHED), PUBLISHED, fmt="o", color="C2", fillstyle="none", label=label)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("parameters in the blocks' matrices")
     axes.set_ylabel("tokens to another recipe's loss, as a fraction of its own")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.has_data():
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
     figure.savefig(out)

@@ -182,6 +182,22 @@ def test_recipes_are_compared_by_seed() -> None:
     assert "| 2x64 | muon | 0.002 | 10 | 3 | 0.5273 | 0.62 (0.62 to 0.62) | 0.78 (0.78 to 0.78) |  |" in text
 
 
+def test_a_line_is_continued_with_its_error() -> None:
+    """The interval holds the truth in 95 of 100 draws."""
+    rng = np.random.default_rng(0)
+    x, at = [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0], 8.0
+    held = 0
+    for _ in range(2000):
+        y = [0.5 - 0.2 * value + rng.normal(0, 0.1) for value in x]
+        middle, half = recipe_report.line_at(at, x, y)
+        held += abs(middle - (0.5 - 0.2 * at)) < half
+    assert held / 2000 == pytest.approx(0.95, abs=0.02)
+    rows = [{"rung": rung, "log_ratios": [math.log(0.5)] * 2} for rung in ("2x64", "2x128")]
+    assert recipe_report.extrapolated(rows, 1e8) is None
+    rows.append({"rung": "4x192", "log_ratios": [math.log(0.5)] * 2})
+    assert recipe_report.extrapolated(rows, 1e8) == pytest.approx((0.5, 0.5, 0.5))
+
+
 def test_variants_are_compared_with_their_base() -> None:
     """At equal tokens; how many of them that is worth follows from how the base's loss falls."""
     noise = (0.1, -0.1, 0.05)
