@@ -176,11 +176,12 @@ TUNED = dataclasses.replace(REFERENCE, learning_rate=1.8e-3, warmup_steps=285)
 MUON = dataclasses.replace(
     REFERENCE,
     optimizer="muon",
-    max_steps=6200,
+    max_steps=9536,
     learning_rate=1.8e-3,
     embedding_lr_ratio=2.0,
     warmup_steps=0,
     schedule="wsd",
+    cooldown_fraction=0.7,
     min_lr_ratio=0.0,
 )
 

@@ -75,7 +75,7 @@ REFERENCE = "reference"
 RECIPES = {
     REFERENCE: Recipe.of_preset("gpt2-124m"),
     "adamw": Recipe(4.8e-3, schedule="linear", warmup=0.1),
-    "muon": dataclasses.replace(Recipe.of_preset("gpt2-124m-muon"), cooldown_fraction=0.7),
+    "muon": Recipe.of_preset("gpt2-124m-muon"),
 }
 # Recipes that differ from those in one thing, or two.
 VARIANTS = {
