@@ -54,7 +54,6 @@ class Recipe:
     cooldown_fraction: float = 0.3
     weight_decay: float = 0.1
     embedding_lr_ratio: float = 1.0
-    ingredients: str = ""  # of benchmarks/trial.py, separated by commas
     base: str = ""  # the recipe that this one varies
 
     @classmethod
@@ -67,7 +66,7 @@ class Recipe:
     def flags(self, steps: int) -> dict[str, object]:
         values = dataclasses.asdict(self)
         values["warmup_steps"] = round(values.pop("warmup") * steps)
-        del values["ingredients"], values["base"]
+        del values["base"]
         return values
 
 
@@ -77,7 +76,7 @@ RECIPES = {
     "adamw": Recipe(4.8e-3, schedule="linear", warmup=0.1),
     "muon": Recipe.of_preset("gpt2-124m-muon"),
 }
-# Recipes that differ from those in one thing, or two.
+# Recipes that differ from those in one thing.
 VARIANTS = {
     "adamw": {
         "warmup-2": {"warmup": 0.02},
@@ -87,10 +86,6 @@ VARIANTS = {
         "embedding-2": {"embedding_lr_ratio": 2.0},
         "embedding-4": {"embedding_lr_ratio": 4.0},
         "embedding-8": {"embedding_lr_ratio": 8.0},
-        "embedding-4-betas-80": {"embedding_lr_ratio": 4.0, "ingredients": "betas-80"},
-        **{
-            name: {"ingredients": name} for name in ("zero-init", "betas-80", "average", "no-embedding-decay")
-        },
     },
     "muon": {
         "cooldown-30": {"cooldown_fraction": 0.3},
@@ -98,18 +93,10 @@ VARIANTS = {
         "warmup-10": {"warmup": 0.1},
         "no-decay": {"weight_decay": 0.0},
         "decay": {"weight_decay": 0.4},
-        "decay-cautious": {"weight_decay": 0.4, "ingredients": "cautious"},
         "embedding-1": {"embedding_lr_ratio": 1.0},
         "embedding-4": {"embedding_lr_ratio": 4.0},
-        **{
-            name: {"ingredients": name}
-            for name in (
-                "normuon", "polar-express", "cubic", "momentum-warmup", "zero-init", "betas-80", "average",
-                "no-embedding-decay",
-            )
-        },
     },
-}  # fmt: skip
+}
 for base, variants in VARIANTS.items():
     for name, changes in variants.items():
         RECIPES[f"{base}-{name}"] = dataclasses.replace(RECIPES[base], base=base, **changes)

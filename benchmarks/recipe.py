@@ -81,9 +81,8 @@ class Ladder:
         shape, steps = RUNGS[rung], RUNGS[rung].steps(length)
         flags = {**shape.flags(), **RECIPES[recipe].flags(steps), "learning_rate": rate, "max_steps": steps}
         flags |= {"seed": seed, "val_tokens": VAL_TOKENS, "dtype": self.s.dtype}
-        ingredients = RECIPES[recipe].ingredients
         about = {"data": self.data, "rung": rung, "vocab_size": shape.vocab_size, "recipe": recipe}
-        return {**about, "ingredients": ingredients, "length": length, "flags": flags}
+        return {**about, "length": length, "flags": flags}
 
     def find(self, key: Result) -> Result | None:
         """The result of the run with these settings."""
@@ -120,10 +119,8 @@ class Ladder:
             "keep_checkpoints": 1,
             "max_bad_steps": shape.steps(length),  # too large a rate is a result, not an error
         }
-        script, ingredients = str(ROOT / "benchmarks" / "trial.py"), RECIPES[recipe].ingredients
-        # What an ingredient remembers is in no checkpoint.
-        start = "--overwrite" if ingredients else "--resume"
-        command = [sys.executable, script, str(shape.vocab_size), ingredients, start]
+        script = str(ROOT / "benchmarks" / "train_small_vocabulary.py")
+        command = [sys.executable, script, str(shape.vocab_size), "--resume"]
         for name, value in {**key["flags"], **flags_of_place}.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         threads = max(1, (os.cpu_count() or 1) // s.jobs)
