@@ -1,6 +1,7 @@
 """Schedules against their formulas; which parameters decay; Muon against torch's; overflows in fp16."""
 
 import collections
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from model import GPT, GPTConfig
+from settings import PRESETS
 from support import checkpoint, sampling
 from support.cli import UserError
 
@@ -46,6 +48,25 @@ def test_linear_and_wsd_fall_in_straight_lines() -> None:
     assert [factor(step, "wsd") for step in (10, 50, 70)] == [1, 1, 1]
     assert factor(85, "wsd") == pytest.approx(0.55)
     assert factor(100, "wsd") == pytest.approx(0.1)
+
+
+def test_the_muon_presets_rates_are_those_of_torchs_schedulers() -> None:
+    """No warm-up, the peak for 30 % of the steps, then a line to 0; twice that for the embeddings."""
+    s = dataclasses.replace(PRESETS["gpt2-124m-muon"], max_steps=200)
+    model = nn.ModuleDict({"wte": nn.Embedding(2, 2), "matrix": nn.Linear(2, 2)})
+    ours = optim.build_optimizers(model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay)
+    theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.8e-3)
+    peak = torch.optim.lr_scheduler.ConstantLR(theirs, factor=1.0)
+    line = torch.optim.lr_scheduler.LinearLR(theirs, 1.0, 0.0, total_iters=140)
+    both = torch.optim.lr_scheduler.SequentialLR(theirs, [peak, line], [60])
+    for step in range(1, 201):
+        rate = theirs.param_groups[0]["lr"]
+        assert optim.set_learning_rates(ours, step, s) == pytest.approx(rate, rel=1e-6)
+        found = [group["lr"] for optimizer in ours for group in optimizer.param_groups]
+        assert found == pytest.approx([rate, 2 * rate, rate], rel=1e-6)  # Muon, embeddings, vectors
+        theirs.step()
+        both.step()
+    assert both.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
