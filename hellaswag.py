@@ -68,7 +68,7 @@ class Score:
     n: int
 
     def standard_error(self, share: float) -> float:
-        """Of a share of n examples: the sample standard deviation over the root of n."""
+        """The standard error of a share of n examples: sample standard deviation over the root of n."""
         return math.sqrt(share * (1 - share) / (self.n - 1)) if self.n > 1 else math.nan
 
 

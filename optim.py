@@ -151,7 +151,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, object]:
-        """As of any optimizer, with the complete "momentum_buffer" of every parameter.
+        """The usual state, with the whole "momentum_buffer" of every parameter.
 
         Every process has to call it: they exchange their shares.
         """

@@ -165,6 +165,8 @@ class Settings(
     """All of them, as the code uses them and config.json records them: without groups."""
 
 
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd")
+
 # ---------------------------------------------------------------- presets
 
 # The reference recipe, and faster ones for the same model, data and batch.
@@ -277,7 +279,11 @@ def read_settings(args: list[str] | None = None) -> Settings:
         }
     )
     parsed = cli.parse(CommandLine, "Train GPT-2 from scratch.", default=grouped, args=args)
-    return Settings(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    s = Settings(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    for name in SHAPE:
+        if s.init_from != "scratch" and getattr(s, name) != getattr(defaults, name):
+            raise UserError(f"{flag(name, getattr(s, name))}: --init-from {s.init_from} has its own: drop it")
+    return s
 
 
 def settings_from_config(path: Path) -> Settings:
@@ -314,6 +320,8 @@ def check_settings(s: Settings, world_size: int) -> None:
     for name in ("cooldown_fraction", "min_lr_ratio"):
         if getattr(s, name) > 1:
             raise UserError(f"{flag(name, getattr(s, name))}: a fraction, at most 1")
+    if s.seed >= 2**63:
+        raise UserError(f"{flag('seed', s.seed)}: must be below 2**63")
     if s.dropout >= 1:
         raise UserError(f"{flag('dropout', s.dropout)}: must be below 1")
     trackers.names(s.track)

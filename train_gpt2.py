@@ -15,6 +15,7 @@ if __name__ == "__main__":
     launch.prepare()
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import math
@@ -33,7 +34,7 @@ import plot_loss
 from dataloader import TokenStream
 from model import GPT, GPTConfig
 from pre_tokens import builtin_corpus, fetch_tokens_hf, shards
-from settings import PRESETS, Settings, check_settings, read_settings
+from settings import PRESETS, SHAPE, Settings, check_settings, read_settings
 from support import (
     checkpoint,
     cli,
@@ -109,6 +110,7 @@ def set_up(s: Settings) -> Run:
             examples, problem = hellaswag.prepare(s.hellaswag_data, rt, required=not begun)
 
     model = build_model(s, rt.device)
+    s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # to be recorded
     examples = hellaswag.truncate_contexts(examples, model.config.block_size)
     sequences = s.total_batch_size // s.sequence_length // rt.world_size  # per step and process
     B = s.micro_batch_size or hardware.largest_micro_batch(
@@ -172,7 +174,9 @@ def build_model(s: Settings, device: torch.device) -> GPT:
         sizes = (s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
         model = GPT(GPTConfig(*sizes, padded, s.dropout))
     else:
-        model = GPT.from_pretrained(run_folder.find_model(s.init_from), padded, s.dropout)
+        # Of a run that is resumed a checkpoint, to be restored later: --init-from may be gone by then.
+        begun = checkpoint.latest_intact(s.out_dir)[0] if s.resume else None
+        model = GPT.from_pretrained(begun or run_folder.find_model(s.init_from), padded, s.dropout)
         if model.config.vocab_size != tokenizer.VOCAB_SIZE:
             raise UserError(
                 f"--init-from {s.init_from}: {model.config.vocab_size} token ids, the data has GPT-2's 50257"
@@ -230,7 +234,8 @@ def run_steps(run: Run) -> int:
             to_save = last or is_due(step, s.checkpoint_interval, s.keep_best * s.val_interval)
             pause = to_save or is_due(step, s.val_interval, s.hellaswag_interval, s.sample_interval)
             stopped, overdue = progress.report(catch_up=pause)  # of any process, read with the step's numbers
-            if to_save or stopped or overdue:
+            healthy = progress.bad_steps == 0  # weights that no longer give a finite loss are not kept
+            if stopped or last or (healthy and (to_save or overdue)):
                 save(run, step, wait=last or stopped > 0)
             if stopped and not last:
                 how = run_folder.how_to_continue(s.out_dir, s.overwrite, rt.world_size)

@@ -89,7 +89,7 @@ def pick_checkpoint(run: Path, step: int | Literal["best"] | None) -> Path:
 
 
 def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """What to send, name on the Hub -> file, and the names of the files that the run lacks.
+    """What to send, name on the Hub -> file, and a line on each file that is not sent.
 
     Raises UserError if a file of the model is missing, if a link leads out of the run folder, or if a file
     contains the user's token.
@@ -98,8 +98,12 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
     for path in files.values():
         if not path.is_file():
             raise UserError(f"{path}: missing: a model is not complete without it: send another --checkpoint")
-    missing = [name for name in RUN_FILES if not (run / name).is_file()]
-    files |= {there: run / name for name, there in RUN_FILES.items() if name not in missing}
+    unsent = {name: f"missing: {run / name}" for name in RUN_FILES if not (run / name).is_file()}
+    step = checkpoint.step_of(folder)
+    for name in {run_folder.SUMMARY, run_folder.SAMPLES} - set(unsent):
+        if run_folder.step_of_summary(run) != step:
+            unsent[name] = f"left out: {run / name}: not of step {step}"
+    files |= {there: run / name for name, there in RUN_FILES.items() if name not in unsent}
     files |= {path.name: path for path in sorted(run.glob("*.png"))}
     token = get_token()
     for path in files.values():
@@ -107,7 +111,7 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
             raise UserError(f"{path}: leads out of {run} to {path.resolve()}: put a copy there")
         if token and path.suffix != ".safetensors" and token.encode() in path.read_bytes():
             raise UserError(f"{path}: contains your Hub token: remove it from there")
-    return files, missing
+    return files, sorted(unsent.values())
 
 
 def describe_data(config: dict) -> tuple[str, str]:
@@ -186,8 +190,16 @@ def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
     head = licence_and_language(s, dataset)
     head += ["library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"datasets: {dataset}"] if dataset else []
+    origin = settings.get("init_from", "scratch")
+    if origin in pretrained.OPENAI_MODELS:
+        origin = f"openai-community/{origin}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", origin) and not Path(origin).exists():
+        head += [f"base_model: {origin}"]
+    else:
+        origin = Path(origin).name
+    made = "trained from scratch" if origin == "scratch" else f"fine-tuned from {origin}"
     parts = ["---", *head, "tags: [gpt2]", "---", f"# {repo_id.split('/')[-1]}", ""]
-    parts += ["GPT-2, trained from scratch.", "", "| | |", "|---|---|"]
+    parts += [f"GPT-2, {made}.", "", "| | |", "|---|---|"]
     parts += [f"| {name} | {value} |" for name, value in rows.items()]
     parts += ["", "## Use", "", "```python", "from transformers import pipeline", ""]
     parts += [f'generate = pipeline("text-generation", model="{repo_id}")']
@@ -212,10 +224,10 @@ def upload(s: Settings) -> None:
     if not s.repo_id:
         raise UserError("--repo-id: required: USER/NAME of the model on the Hub")
     folder = pick_checkpoint(s.run, s.checkpoint)
-    files, missing = collect(s.run, folder)
+    files, unsent = collect(s.run, folder)
     card = model_card(s, checkpoint.step_of(folder), files)
-    for name in missing:
-        print(f"missing: {s.run / name}")
+    for line in unsent:
+        print(line)
     for name, path in files.items():
         print(f"{path.stat().st_size:>13,}  {name}  <- {path}")
     print(f"{len(card.encode()):>13,}  README.md")

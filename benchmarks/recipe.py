@@ -165,7 +165,8 @@ class Ladder:
         return RECIPES[recipe].learning_rate * 2 ** (exponent / 2)
 
     def best_exponent(self, rung: str, recipe: str) -> int:
-        """Of the best learning rate at the shortest length with the first seed; its neighbours are worse.
+        """The exponent of the best learning rate at the shortest length with the first seed: its
+        neighbours are worse.
 
         A factor of 2 apart at first, then the square root of 2; the latter at once where a start is known:
         the best of the rates with results, or that of a variant's base, or of this recipe on a rung below.
@@ -186,7 +187,7 @@ class Ladder:
         return best
 
     def exponent_below(self, rung: str, recipe: str) -> int | None:
-        """Of the best rate of a recipe on the next rung below that has results."""
+        """The exponent of a recipe's best rate on the next rung below that has results."""
         for below in reversed(list(RUNGS)[: list(RUNGS).index(rung)]):
             for runs in recipe_report.best_runs(self.results, below, recipe).values():
                 for run in runs.values():

@@ -148,7 +148,7 @@ class ShardWriter:
     def finish_shard(self, following: Place | None) -> None:
         """Save the shard; the next one begins at `following` (None: there is none)."""
         number = len(self.manifest["shards"])
-        if number == 0:  # so that a build killed after its first shard knows it for its own
+        if number == 0:  # so that a build killed after its first shard can continue
             shards.write_manifest(self.out_dir, self.manifest)
         entry = _save(self.out_dir, self.manifest["name"], number, self.buffer[: self.filled])
         self.manifest["shards"].append(entry)

@@ -59,7 +59,7 @@ class Attempts:
                 result = work() if here else None
             self.rt.synchronize()  # an error of the device belongs to this work, not to the next step
             self.seconds[what] = time.perf_counter() - begin
-        except Exception as error:  # whatever it is, the run is worth more
+        except Exception as error:  # any failure: training must go on
             reason = str(error).partition("\n")[0] or type(error).__name__
             if not isinstance(error, UserError | torch.OutOfMemoryError):
                 reason, trace = f"{type(error).__name__}: {reason}", traceback.format_exc()
@@ -86,8 +86,9 @@ class Attempts:
             return False
         under_way = self._under_way()
         deaths = sum(name == what for _, name in under_way)
-        if deaths >= MAX_DEATHS and [step, what] in under_way:
-            self._record(step, what, f"the process has ended in it {deaths} times", None)
+        if deaths >= MAX_DEATHS:
+            reason = f"the process has ended in it {deaths} times: delete {self.file} to try it again"
+            self._record(step, what, reason, None)
             self.settled.add((step, what))
             return False
         self._write([*under_way, [step, what]])

@@ -195,8 +195,10 @@ def verify(folder: Path) -> None:
     check_regular(folder / CHECKSUMS)
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
-        for line in lines:
-            digest, name = line.split("  ", 1)
+        digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        if missing := {pretrained.WEIGHTS, TRAINING_STATE} - set(digests):
+            raise UserError(f"{folder / CHECKSUMS}: does not list {min(missing)}")
+        for name, digest in digests.items():
             if sha256_of(folder / Path(name).name) != digest:
                 raise UserError(f"{folder / name}: damaged")
     except (OSError, ValueError) as error:

@@ -127,7 +127,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 def refuse_long_runs_on_cpu(device: str, flops: float, rt: Runtime) -> None:
     """Raise UserError if --device auto chose the CPU for more than 6 hours of work, `flops` at its peak rate.
 
-    Nobody who meant a GPU shall download the data and then train for months without one.
+    It guards against starting a run meant for a GPU on a CPU by accident.
     """
     if device == "auto" and rt.device.type == "cpu":
         # One process measures, since all must come to the same answer.

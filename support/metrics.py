@@ -65,7 +65,7 @@ class Metrics:
         """A tracker that fails inside is dropped, with a warning and an event: no run ends for it."""
         try:
             yield
-        except Exception as error:  # whatever comes out of another's program
+        except Exception as error:  # a tracker may raise anything
             self.trackers.pop(name, None)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"warning: --track {name}: {reason}: training continues without it", file=sys.stderr)

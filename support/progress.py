@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from support import checkpoint, metrics
-from support.attempts import RECORDS
 from support.cli import UserError
 from support.runtime import Runtime
 
@@ -101,7 +100,7 @@ class Stopwatch:
         self.laps[-1].append((part, Mark(self.device)))
 
     def seconds(self) -> list[dict[str, float]]:
-        """Of each lap the seconds per part."""
+        """The seconds per part, for each lap."""
         self.laps[-1][-1][1].wait()
         laps = []
         for marks in self.laps:
@@ -156,8 +155,11 @@ class Progress:
         self.tokens_per_step, self.flops_per_token = s.total_batch_size, flops_per_token
         self.peak_flops = peak_flops * rt.world_size if peak_flops else None
         self.pauses = pauses
-        intervals = (s.val_interval, s.hellaswag_interval, s.sample_interval)
-        self.intervals = dict(zip(RECORDS, intervals, strict=True))
+        self.intervals = {
+            "validation": s.val_interval,
+            "HellaSwag": s.hellaswag_interval,
+            "samples": s.sample_interval,
+        }
         self.durations: collections.deque[float] = collections.deque(maxlen=100)
         self.max_bad_steps = s.max_bad_steps
         self.lag = 1 if rt.device.type == "cuda" else 0

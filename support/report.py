@@ -17,6 +17,7 @@ class Settings(Protocol):
     total_batch_size: int
     sequence_length: int
     max_steps: int
+    warmup_steps: int
 
 
 class ModelConfig(Protocol):
@@ -48,6 +49,8 @@ def at_start(
     rt.say(f"batch      {s.total_batch_size:,} tokens = {B} x {T} x {processes} x {accumulation}")
     rt.say(f"device     {hardware.describe(rt)['name']}, {rt.dtype}, {compiled}, {attention} attention")
     rt.say(f"run        {s.out_dir}: steps {steps_done} to {s.max_steps}")
+    if 2 * s.warmup_steps > s.max_steps > 0:
+        rt.say(f"warning: most of the {s.max_steps} steps are warm-up: lower --warmup-steps {s.warmup_steps}")
     if T < config.block_size and s.init_from == "scratch":
         rt.say(f"warning: positions {T} and above are never trained: --block-size {T} drops them")
 

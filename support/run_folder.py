@@ -179,6 +179,14 @@ def write_summary(
     write_json(out_dir / SUMMARY, summary)
 
 
+def step_of_summary(out_dir: Path) -> int | None:
+    """The last step of the run that summary.json and samples.txt are of; None without a readable summary."""
+    try:
+        return json.loads((out_dir / SUMMARY).read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def by_validation_loss(out_dir: Path) -> list[Path]:
     """The checkpoints whose validation loss is on record, lowest first, of equals the earlier."""
     records = metrics.read(out_dir / METRICS)

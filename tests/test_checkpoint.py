@@ -63,6 +63,16 @@ def test_a_pipe_in_a_checkpoint_is_damage(tmp_path: Path, name: str) -> None:
     assert intact == older and f"{newer / name}: not a regular file" in problem
 
 
+def test_a_list_without_the_weights_vouches_for_nothing(tmp_path: Path) -> None:
+    model, _ = small_model()
+    folder = checkpoint.save(tmp_path, 1, checkpoint.snapshot(model, {}), keep=1)
+    sums = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    for kept in ([], [line for line in sums if "model.safetensors" not in line]):
+        (folder / "SHA256SUMS").write_text("".join(kept))
+        with pytest.raises(UserError, match=r"SHA256SUMS: does not list model\.safetensors"):
+            checkpoint.verify(folder)
+
+
 def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
     model, _ = small_model()
     folder = checkpoint.save(tmp_path, 7, checkpoint.snapshot(model, {"step": 7}), keep=1)

@@ -22,6 +22,7 @@ import plot_loss
 import train_gpt2
 import upload_hf
 from pre_tokens import handle_tokens
+from settings import SHAPE
 from support import cli, hellaswag_data
 from support.files import sha256_of
 
@@ -121,9 +122,14 @@ BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
     "one shard": (["--num-shards", "1"], "--num-shards 1"),
     "unknown device": (["--device", "abacus"], "--device abacus"),
     "a share above 1": (["--min-lr-ratio", "2"], "--min-lr-ratio"),
-    "no such weights": (["--init-from", "./nowhere"], "nowhere"),
+    "no such weights": (["--init-from", "./nowhere"], "nowhere (no such folder"),
+    "a shape beside weights": (["--init-from", "x", "--n-layer", "3"], "--n-layer 3: --init-from x has"),
+    "a seed of 64 bits": (["--seed", str(2**63)], f"--seed {2**63}"),
     "a folder to build the corpus in": (["--data-dir", "./typo"], "typo: no such folder"),
 }  # fmt: skip
+
+
+WITHOUT_SHAPE = {name: value for name, value in TINY.items() if name not in SHAPE}
 
 
 @pytest.mark.parametrize("case", BAD_SETTINGS)
@@ -131,7 +137,8 @@ def test_bad_settings(
     case: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     args, message = BAD_SETTINGS[case]
-    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run"})
+    tiny = WITHOUT_SHAPE if "--init-from" in args else TINY
+    flags = as_flags({**tiny, "data_dir": data_dir, "out_dir": tmp_path / "run"})
     line = fails(train_gpt2.main, ["--preset", "demo", *flags, *args], monkeypatch, capsys)
     assert message in line
     assert not (tmp_path / "run").exists()
@@ -237,7 +244,8 @@ def test_damaged_checkpoints(
     flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": run, "resume": True})
     line = fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
     assert "step_000002" in line
-    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": run.with_name("new"), "init_from": str(run)})
+    flags = {**WITHOUT_SHAPE, "data_dir": data_dir, "out_dir": run.with_name("new"), "init_from": run}
+    flags = as_flags(flags)
     fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
     assert not run.with_name("new").exists()
 

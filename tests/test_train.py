@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from helpers import ROOT, TINY, T, as_flags, command, environment, history, posix, run_script
 
@@ -55,6 +56,11 @@ def test_loss_curve_equals_a_textbook_loop(train: Train, data_dir: Path) -> None
         assert record["lr"] == pytest.approx(1e-2 * learning_rate_factor(step - 1, 8, 2, 0.1, "cosine", 0.3))
         assert record["tokens"] == step * 8 * T
     assert history(run, kinds=("train",))[-1]["step"] == 8
+    # The first 10 sequences of the validation shard, with the weights after the last step.
+    tokens = torch.from_numpy(np.load(find_shards(data_dir)["val"][0].path).astype(np.int64))
+    x, y = tokens[: 10 * T].view(10, T), tokens[1 : 10 * T + 1]
+    expected = F.cross_entropy(model(x)[0].flatten(0, 1), y)
+    assert history(run, kinds=("val",))[-1]["loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_what_a_run_leaves(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +197,32 @@ def test_a_resume_says_and_records_what_changed(train: Train, capsys: pytest.Cap
     assert "is now" not in capsys.readouterr().out
 
 
-def test_rehearsed_resume_changes_nothing(train: Train) -> None:
-    assert history(train("a", reload_checkpoints=True)) == history(train("b"))
+def test_a_fine_tuning_run_resumes_without_the_weights_it_began_with(train: Train) -> None:
+    base = train("base", max_steps=2, n_layer=1)
+    constant = {"schedule": "wsd", "cooldown_fraction": 0.0, "init_from": str(base)}
+    whole = train("whole", **constant)
+    begun = train("begun", **constant, max_steps=4, n_layer=7)
+    shape = json.loads((begun / "config.json").read_text())["settings"]
+    assert shape["n_layer"] == 1  # as trained
+    shutil.rmtree(base)
+    train("begun", **constant, resume=True)
+    assert history(begun, kinds=("train",)) == history(whole, kinds=("train",))
+
+
+def test_rehearsed_resume_brings_back_what_was_saved(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are lost between saving and loading make no difference."""
+    whole = train("whole")
+    models: list[GPT] = []
+    build, barrier = train_gpt2.build_model, Runtime.barrier
+
+    def lose(rt: Runtime) -> None:
+        barrier(rt)
+        with torch.no_grad():
+            models[0].transformer.wte.weight.zero_()
+
+    monkeypatch.setattr(train_gpt2, "build_model", lambda *args: models.append(build(*args)) or models[0])
+    monkeypatch.setattr(Runtime, "barrier", lose)
+    assert history(train("reloaded", reload_checkpoints=True)) == history(whole)
 
 
 def test_only_the_newest_checkpoints_stay(train: Train) -> None:
@@ -248,8 +278,17 @@ def test_a_bad_step_is_left_out_and_recorded(train: Train, monkeypatch: pytest.M
 
 def test_bad_steps_in_a_row_end_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {3, 4, 5, 6})
-    with pytest.raises(UserError, match=r"step 5: .*--max-bad-steps 3 .*step_000004"):
+    with pytest.raises(UserError, match=r"step 5: .*--max-bad-steps 3 .*step_000002"):
         train(micro_batch_size=8, max_bad_steps=3)
+
+
+def test_a_run_that_diverged_continues_at_a_sane_rate(train: Train) -> None:
+    """Weights after which no loss is finite are in no checkpoint."""
+    with pytest.raises(UserError, match="continues from the start; lower --learning-rate"):
+        train(learning_rate=1e30, warmup_steps=0, max_steps=20)
+    run = train(learning_rate=1e-3, warmup_steps=0, resume=True)
+    losses = [r["loss"] for r in history(run, kinds=("train",))[-6:]]
+    assert None not in losses and losses[-1] < losses[0]
 
 
 def test_a_loss_spike_is_six_deviations_above_the_last_hundred() -> None:

@@ -99,11 +99,33 @@ def test_the_model_card_says_what_the_run_was(train: Train, hub: LoopbackHub) ->
         f"| tokens | {6 * 8 * T} |", "| data | token shards tiny in data/ |",
         f"| validation loss | {summary['last_val_loss']:.4f} |",
         f"| training loss, last step | {summary['last_train_loss']:.4f} |", "0.2512 / 0.2634 of 10,042",
-        "0.2859 / 0.2955", "| learning rate | 0.01 |", "![loss curves](loss_curves.png)",
+        "0.2859 / 0.2955", "GPT-2, trained from scratch.", "| learning rate | 0.01 |",
+        "![loss curves](loss_curves.png)",
         "\n    # not a heading",
         "float32 |", "minutes |", f"| parameters | {summary['parameters']:,} |",
     ):  # fmt: skip
         assert said in card, said
+
+
+def test_a_card_of_other_weights_than_the_last(train: Train, hub: LoopbackHub, tmp_path: Path) -> None:
+    """Samples and summary are of the last step; what a fine-tuned model began with is named."""
+    base = train("base", max_steps=2)
+    run = train("run", init_from=str(base), max_steps=4)
+    upload_hf.upload(Settings(run, "ann/tiny", checkpoint=2))
+    sent = hub.repo("ann/tiny").files
+    assert "samples.txt" not in sent and "summary.json" not in sent and "metrics.jsonl" in sent
+    assert (
+        "fine-tuned from base." in sent["README.md"].decode()
+        and "## Samples" not in sent["README.md"].decode()
+    )
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["init_from"] = "gpt2"
+    (run / "config.json").write_text(json.dumps(config))
+    upload_hf.upload(Settings(run, "ann/tiny"))
+    sent = hub.repo("ann/tiny").files
+    assert "samples.txt" in sent and "summary.json" in sent
+    card = sent["README.md"].decode()
+    assert "base_model: openai-community/gpt2" in card and "fine-tuned from openai-community/gpt2." in card
 
 
 @pytest.mark.parametrize(
