@@ -113,6 +113,8 @@ class Settings:
 
 def check_settings(s: Settings) -> None:
     """Raise UserError on values that cannot work."""
+    if runtime.world_size() > 1:
+        raise UserError("bench.py times one process: start it without torchrun; --plan is for several")
     if s.preset not in PRESETS:
         raise UserError(f"--preset {s.preset}: not one of {', '.join(PRESETS)}")
     for name in ("steps", "rounds", "nodes", "accumulation_steps"):
@@ -387,7 +389,7 @@ def main() -> None:
         if s.json:
             print(json.dumps(rows))
             return
-        best = rows[0]
+        best = next(row for row in rows if row["attention"] == "default")  # as train_gpt2.py has it
         flags = f"--micro-batch-size {best['micro_batch_size']} --{'no-' * (not best['compile'])}compile"
         print(f"best: {flags}: {best['tokens_per_sec']:,.0f} tokens/s")
     else:

@@ -13,9 +13,12 @@ import hellaswag
 import plot_loss
 import settings
 import upload_hf
+from model import GPTConfig
 from pre_tokens import fetch_tokens_hf, handle_tokens, transfer_tokens_hf
+from support import planning
 
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+WORKFLOW = (ROOT / "workflow.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("*.md"))
 DOCUMENTS += [Path("support/README.md"), Path("pre_tokens/README.md")]
 # Flags of other programs (torchrun, Docker, SLURM, pip, uv, pytest, git, lm_eval, llama.cpp, optimum-cli),
@@ -62,6 +65,26 @@ def test_both_readmes_have_the_same_figures() -> None:
     english = prose(ENGLISH).replace("10 billion tokens", "100").replace("7 million", "700")
     figures = [sorted(re.findall(r"\d[\d,.]*\d|\d", t)) for t in (english, prose(CHINESE))]
     assert figures[0] == figures[1]
+
+
+def test_steps_hours_and_shards_are_those_of_the_presets() -> None:
+    presets = settings.PRESETS
+    for name, steps in re.findall(r"^\| `([\w-]+)`[^|]*\| ([\d,]+) \|", ENGLISH, re.MULTILINE):
+        assert presets[name].max_steps == int(steps.replace(",", "")), name
+    gpt2 = GPTConfig()
+    for name, text in (
+        ("gpt2-124m", r"steps of `gpt2-124m` should take ([\d.]+) hours"),
+        ("gpt2-124m-muon", r"those of `gpt2-124m-muon` ([\d.]+)"),
+    ):
+        s = presets[name]
+        plan = planning.plan(
+            "8xA100-80GB", gpt2, 1024, s.total_batch_size, s.max_steps, 0.45, optimizer=s.optimizer
+        )
+        assert re.search(text, ENGLISH)[1] == f"{plan.hours:.1f}"
+    notebook = re.search(r"--preset (gpt2-124m-muon) .*--num-shards (\d+)", WORKFLOW)
+    s = presets[notebook[1]]
+    training_tokens = (int(notebook[2]) - 1) * 100_000_000  # FineWeb-Edu 10B has 100 M in a shard
+    assert 0.95 < s.max_steps * s.total_batch_size / training_tokens < 1
 
 
 def test_both_readmes_link_to_the_same_places() -> None:

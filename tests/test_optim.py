@@ -42,6 +42,23 @@ def test_cosine_is_gpt3s() -> None:
     assert factor(55, "cosine") == pytest.approx(0.55)
 
 
+def test_the_reference_recipe_is_build_nanogpts() -> None:
+    """Its numbers and its schedule, written anew."""
+    s = PRESETS["gpt2-124m"]
+    assert (s.n_layer, s.n_head, s.n_embd, s.block_size, s.sequence_length) == (12, 12, 768, 1024, 1024)
+    assert (s.total_batch_size, s.max_steps, s.weight_decay, s.grad_clip) == (524_288, 19_073, 0.1, 1.0)
+    assert (s.optimizer, s.embedding_lr_ratio, s.dropout, s.init_from) == ("adamw", 1.0, 0.0, "scratch")
+    [optimizer] = optim.build_optimizers(
+        nn.Linear(2, 2), s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay
+    )
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.95), 1e-8)
+    for it in range(0, s.max_steps, 7):
+        progress = (it - 715) / (19_073 - 715)
+        cosine = 6e-5 + 0.5 * (1 + math.cos(math.pi * progress)) * (6e-4 - 6e-5)
+        expected = 6e-4 * (it + 1) / 715 if it < 715 else cosine
+        assert optim.set_learning_rates([optimizer], it + 1, s) == pytest.approx(expected)
+
+
 def test_linear_and_wsd_fall_in_straight_lines() -> None:
     assert factor(55, "linear") == pytest.approx(0.55)
     assert factor(100, "linear") == pytest.approx(0.1)

@@ -75,13 +75,14 @@ class Run:
     def start_recipe(self, pause: int = 10, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen:
         """The loop of workflow.md for a box that may vanish, on two processes, with the flags of this run."""
         chapter = (ROOT / "workflow.md").read_text(encoding="utf-8").split("### A box that may vanish")[1]
-        line = re.search(r"^    (until (?:.*\\\n)*.*)$", chapter, re.MULTILINE)[1]
+        line = re.search(r"^    (for (?:.*\n)*?    done)$", chapter, re.MULTILINE)[1]
         flags = as_flags({k: v for k, v in self.settings.items() if k not in ("resume", "push_to_hub")})
         for written, here in (
             ("--nproc_per_node=8", "--nproc_per_node=2"),
             ("train_gpt2.py", f"train_gpt2.py --preset demo {' '.join(flags)}"),
             ("USER/NAME", REPO),
             ("sleep 10", f"sleep {pause}"),
+            ("{1..20}", "{1..1000}"),  # a soak has more faults than a run
         ):
             assert line.count(written) == 1
             line = line.replace(written, here)
