@@ -7,5 +7,6 @@ RUN pip install --no-cache-dir --break-system-packages -r requirements.txt \
     && useradd --create-home --uid 1001 gpt2 && mkdir data log && chown gpt2 data log
 COPY . .
 USER 1001
+ENV TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 VOLUME ["/gpt2/data", "/gpt2/log"]
 CMD ["torchrun", "--standalone", "--nproc_per_node=gpu", "train_gpt2.py", "--resume"]
