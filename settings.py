@@ -173,8 +173,9 @@ SHAPE = ("block_size", "n_layer", "n_head", "n_embd")
 REFERENCE = Settings()
 # Published for this data and 10B tokens: loss 3.00, where the reference recipe ends at 3.066 (garg-aayush).
 TUNED = dataclasses.replace(REFERENCE, learning_rate=1.8e-3, warmup_steps=285)
-# The number of steps is modded-nanogpt's early record with Muon: 6,200, where its tuned AdamW took 9,536 to
-# the same loss. Its model had rotary positions and its data was FineWeb; nobody has published it for GPT-2.
+# Half of the reference's tokens. On small models of this architecture Muon needs about that for the
+# reference's loss (BENCHMARKS.md, "Recipes"). At 124M it is an estimate: published pairs, 0.65 and 0.58 of
+# tuned AdamW's steps, have rotary positions and FineWeb. The long cooldown is from our small models.
 MUON = dataclasses.replace(
     REFERENCE,
     optimizer="muon",

@@ -1,7 +1,9 @@
 """README.md and README.zh-CN.md say the same; what the documents name is there."""
 
 import dataclasses
+import functools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import settings
 import upload_hf
 from model import GPTConfig
 from pre_tokens import fetch_tokens_hf, handle_tokens, transfer_tokens_hf
-from support import planning
+from support import cli, planning
 
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
 WORKFLOW = (ROOT / "workflow.md").read_text(encoding="utf-8")
@@ -120,6 +122,34 @@ def test_flags_exist(document: Path) -> None:
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - OTHERS:
         name = flag[2:].removeprefix("no-") if flag[2:].replace("-", "_") not in known else flag[2:]
         assert name.replace("-", "_") in known, flag
+
+
+PARSERS = {"train_gpt2.py": settings.read_settings}
+for script, module in {
+    "bench.py": bench, "generate.py": generate, "hellaswag.py": hellaswag, "plot_loss.py": plot_loss,
+    "upload_hf.py": upload_hf, "dataloader.py": fetch_tokens_hf,
+    "pre_tokens/handle_tokens.py": handle_tokens, "pre_tokens/transfer_tokens_hf.py": transfer_tokens_hf,
+}.items():  # fmt: skip
+    PARSERS[script] = functools.partial(cli.parse, module.Settings, "", None)
+PLACEHOLDERS = {"N": "1", "STEP": "1", "DTYPE": "float32"}
+
+
+def documented_commands() -> list[str]:
+    """Each call of one of our scripts in a code block, from the script's name on."""
+    found = set()
+    for document in DOCUMENTS:
+        text = re.sub(r"\\\n\s*", " ", (ROOT / document).read_text(encoding="utf-8"))
+        for line in re.findall(r"^    +(.*)$", text, re.MULTILINE):
+            call = re.search(r"\b(?:python|torchrun|uv run)\b.*?([\w/]+\.py)(?= |$)[^#|&;>`]*", line)
+            if call and call[1] in PARSERS:
+                found.add(call[0][call.start(1) - call.start() :].split("   ")[0].strip())
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_parse(command: str) -> None:
+    script, *arguments = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)]
+    PARSERS[script](arguments)
 
 
 @pytest.mark.parametrize("folder", ["support", "pre_tokens"])
