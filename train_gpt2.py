@@ -135,12 +135,8 @@ def set_up(s: Settings) -> Run:
             f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {steps_done} steps"
         )
     train_model, eval_model = rt.wrap(model, s.compile)
-    facts = {
-        "data": shards.describe(s.data_dir, train_stream.shards),
-        "micro_batch_size": B,
-        "parameters": model.config.n_parameters,
-        "hardware": hardware.describe(rt),
-    }
+    facts = {"data": shards.describe(s.data_dir, train_stream.shards), "micro_batch_size": B}
+    facts |= {"parameters": model.config.n_parameters, "hardware": hardware.describe(rt)}
     record = run_folder.open_record(s, facts, steps_done, silent=not rt.is_main)
     if problem:
         record.log(steps_done, "event", name="evaluation failed", what="HellaSwag", reason=problem)
