@@ -259,11 +259,11 @@ def draw(results: list[Result], out: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="0.5", linestyle=":")
-    for label, rows in pairs(results).items():
+    for k, (label, rows) in enumerate(pairs(results).items()):
         ratios = np.array([row["ratio"] for row in rows])
         bars = [ratios - [row["ratio_low"] for row in rows], [row["ratio_high"] for row in rows] - ratios]
         if rows:
-            sizes = [block_parameters(row) for row in rows]
+            sizes = [block_parameters(row) * 1.06 ** (k - 1) for row in rows]  # beside each other
             axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=label)
     size = RUNGS["12x768"].block_parameters
     label = "the same in published runs, with rotary positions"
