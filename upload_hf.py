@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from torch import Tensor
 
 import hellaswag
@@ -191,13 +191,8 @@ def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
     head += ["library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"datasets: {dataset}"] if dataset else []
     origin = settings.get("init_from", "scratch")
-    if origin in pretrained.OPENAI_MODELS:
-        origin = f"openai-community/{origin}"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", origin) and not Path(origin).exists():
-        head += [f"base_model: {origin}"]
-    else:
-        origin = Path(origin).name
-    made = "trained from scratch" if origin == "scratch" else f"fine-tuned from {origin}"
+    made = "trained from scratch" if origin == "scratch" else f"fine-tuned from {Path(origin).name}"
+    head += [f"base_model: openai-community/{origin}"] if origin in pretrained.OPENAI_MODELS else []
     parts = ["---", *head, "tags: [gpt2]", "---", f"# {repo_id.split('/')[-1]}", ""]
     parts += [f"GPT-2, {made}.", "", "| | |", "|---|---|"]
     parts += [f"| {name} | {value} |" for name, value in rows.items()]
@@ -244,6 +239,9 @@ def upload(s: Settings) -> None:
             raise UserError(f"--revision {s.revision}: a tag of that name already exists: choose another")
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
+        there = hub.with_retries(lambda: api.list_repo_files(s.repo_id))  # perhaps of another step
+        stale = set(RUN_FILES.values()) & set(there) - set(files)
+        operations += [CommitOperationDelete(name) for name in sorted(stale)]
         title = f"Weights after {checkpoint.step_of(folder)} steps"
         commit = hub.with_retries(lambda: api.create_commit(s.repo_id, operations, commit_message=title))
         if s.revision:

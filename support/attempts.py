@@ -40,7 +40,14 @@ class Attempts:
         if rt.is_main:
             records = [r for r in metrics.read(run_metrics.path) if r["step"] == steps_done]
             found = {r["kind"] for r in records} | {r.get("name") for r in records}
-            failed = {r.get("what") for r in records if r.get("name") == "evaluation failed"}
+            under_way = [what for _, what in self._under_way()]
+            failed = {
+                r["what"]
+                for r in records
+                if r.get("name") == "evaluation failed"
+                # Once the file is gone, what was left out for its deaths is tried again.
+                and ("deaths" not in r or under_way.count(r["what"]) >= MAX_DEATHS)
+            }
             names = [what for what, kind in RECORDS.items() if kind in found or what in failed]
             self.settled = {(steps_done, what) for what in names}
 
@@ -88,15 +95,15 @@ class Attempts:
         deaths = sum(name == what for _, name in under_way)
         if deaths >= MAX_DEATHS:
             reason = f"the process has ended in it {deaths} times: delete {self.file} to try it again"
-            self._record(step, what, reason, None)
+            self._record(step, what, reason, None, deaths=deaths)
             self.settled.add((step, what))
             return False
         self._write([*under_way, [step, what]])
         return True
 
-    def _record(self, step: int, what: str, reason: str, trace: str | None) -> None:
+    def _record(self, step: int, what: str, reason: str, trace: str | None, **more: int) -> None:
         print(f"warning: step {step}: {what} failed, training continues: {reason}", file=sys.stderr)
-        more = {"traceback": trace} if trace else {}
+        more |= {"traceback": trace} if trace else {}
         self.metrics.log(step, "event", name="evaluation failed", what=what, reason=reason, **more)
 
     def _under_way(self) -> list[list[object]]:

@@ -33,11 +33,11 @@ SUMMARY = "summary.json"
 BEST = ":best"  # after a run's name: its checkpoint with the lowest validation loss
 
 
-def claim(out_dir: Path, resume: bool, overwrite: bool) -> tuple[Path | None, FileLock]:
+def claim(out_dir: Path, resume: bool, overwrite: bool, init_from: str) -> tuple[Path | None, FileLock]:
     """Lock the folder for this run; returns the checkpoint to resume from, if any, and the lock.
 
     Raises UserError if the folder holds a run and neither `resume` nor `overwrite` says what to do with it,
-    if another process is training into it, or if it cannot be written.
+    if that run began with other weights, if another process is training into it, or if it cannot be written.
     """
     names = (
         CONFIG, METRICS, checkpoint.FOLDER, FIGURE, SAMPLES, SUMMARY, attempts.UNDER_WAY,
@@ -64,6 +64,9 @@ def claim(out_dir: Path, resume: bool, overwrite: bool) -> tuple[Path | None, Fi
     checkpoint.remove_unfinished(out_dir)
     newest, problems = checkpoint.latest_intact(out_dir) if resume else (None, [])
     if newest:
+        began = recorded_settings(out_dir).get("init_from", init_from)
+        if began != init_from:
+            raise UserError(f"--init-from {init_from}: the run in {out_dir} began with {began}: set it back")
         checkpoint.warn_of_damage(problems, newest)
     elif resume:
         print(f"{out_dir}: no checkpoint to resume from: starting at step 0")
@@ -88,7 +91,7 @@ def open_record(
     if silent:
         return metrics.Metrics(out_dir / METRICS, silent=True)
     record = {"name": name_of(out_dir), **describe(settings, facts)}
-    changed = changed_settings(out_dir / CONFIG, record["settings"]) if steps_done else {}
+    changed = changed_settings(out_dir, record["settings"]) if steps_done else {}
     write_json(out_dir / CONFIG, record)
     opened = metrics.Metrics(out_dir / METRICS, steps_done or None)
     for name in trackers.names(settings.track):
@@ -135,16 +138,23 @@ def write_json(path: Path, content: dict[str, object]) -> None:
     files.write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-def changed_settings(config: Path, new: dict[str, object]) -> dict[str, list[object]]:
+def recorded_settings(out_dir: Path) -> dict[str, object]:
+    """The settings in a run's config.json; none without a readable file."""
+    try:
+        return dict(json.loads((out_dir / CONFIG).read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def changed_settings(out_dir: Path, new: dict[str, object]) -> dict[str, list[object]]:
     """Settings that differ from those in a run's config.json: name -> [before, now].
 
     Only those that affect training count. Without a readable file nothing has changed.
     """
-    try:
-        old = dict(json.loads(config.read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    old = recorded_settings(out_dir)
     ignored = {"preset", "resume", "overwrite", "out_dir", "track"}
+    if new["init_from"] != "scratch":  # earlier versions recorded flags instead of the shape
+        ignored |= {"block_size", "n_layer", "n_head", "n_embd"}
     names = [name for name in new if name in old and name not in ignored]
     return {name: [old[name], new[name]] for name in names if old[name] != new[name]}
 

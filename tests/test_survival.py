@@ -209,6 +209,10 @@ def test_an_evaluation_that_kills_does_not_trap_a_restart_loop(
     assert history(run, kinds=("train",)) == history(whole, kinds=("train",))
     assert steps_kept(run)[-1] == 6 and (run / "summary.json").exists()
     assert "has ended in it" in events(run, "evaluation failed")[-1]["reason"]
+    monkeypatch.undo()
+    (run / ".evaluating.json").unlink()  # as the message says
+    train(resume=True)
+    assert history(run, kinds=("val",)) == history(whole, kinds=("val",))[-1:]
 
 
 def test_overwrite_forgets_earlier_deaths(

@@ -205,6 +205,9 @@ def test_a_fine_tuning_run_resumes_without_the_weights_it_began_with(train: Trai
     shape = json.loads((begun / "config.json").read_text())["settings"]
     assert shape["n_layer"] == 1  # as trained
     shutil.rmtree(base)
+    other = train("other", max_steps=2)
+    with pytest.raises(UserError, match=r"--init-from .*other: the run in .*begun began with .*base"):
+        train("begun", **{**constant, "init_from": str(other)}, resume=True)
     train("begun", **constant, resume=True)
     assert history(begun, kinds=("train",)) == history(whole, kinds=("train",))
 

@@ -125,7 +125,10 @@ def test_a_card_of_other_weights_than_the_last(train: Train, hub: LoopbackHub, t
     sent = hub.repo("ann/tiny").files
     assert "samples.txt" in sent and "summary.json" in sent
     card = sent["README.md"].decode()
-    assert "base_model: openai-community/gpt2" in card and "fine-tuned from openai-community/gpt2." in card
+    assert "base_model: openai-community/gpt2" in card and "fine-tuned from gpt2." in card
+    upload_hf.upload(Settings(run, "ann/tiny", checkpoint=2))
+    sent = hub.repo("ann/tiny").files
+    assert "samples.txt" not in sent and "summary.json" not in sent and "training_config.json" in sent
 
 
 @pytest.mark.parametrize(
