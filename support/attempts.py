@@ -92,8 +92,10 @@ class Attempts:
         if (step, what) in self.settled:
             return False
         under_way = self._under_way()
-        deaths = sum(name == what for _, name in under_way)
-        if deaths >= MAX_DEATHS:
+        steps = [at for at, name in under_way if name == what]
+        deaths = len(steps)
+        # At a later step it may do no harm; if it does, it is left out from then on.
+        if deaths >= MAX_DEATHS and (step in steps or len(set(steps)) > 1):
             reason = f"the process has ended in it {deaths} times: delete {self.file} to try it again"
             self._record(step, what, reason, None, deaths=deaths)
             self.settled.add((step, what))
