@@ -122,8 +122,7 @@ def set_up(s: Settings) -> Run:
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
 
     # Not before now: a mistake in the settings or the data must not leave a run folder behind.
-    how = (s.resume, s.overwrite, s.init_from)
-    claimed = rt.run_on_some(rt.is_main, lambda: run_folder.claim(s.out_dir, *how))
+    claimed = rt.run_on_some(rt.is_main, lambda: run_folder.claim(s))
     newest, lock = claimed or (None, None)
     steps_done = checkpoint.step_of(newest) if newest else 0
     steps_done = int(rt.all_reduce(torch.tensor(steps_done, device=rt.device), "MAX"))

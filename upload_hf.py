@@ -99,9 +99,8 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
         if not path.is_file():
             raise UserError(f"{path}: missing: a model is not complete without it: send another --checkpoint")
     unsent = {name: f"missing: {run / name}" for name in RUN_FILES if not (run / name).is_file()}
-    step = checkpoint.step_of(folder)
-    for name in {run_folder.SUMMARY, run_folder.SAMPLES} - set(unsent):
-        if run_folder.step_of_summary(run) != step:
+    if run_folder.step_of_summary(run) != (step := checkpoint.step_of(folder)):
+        for name in {run_folder.SUMMARY, run_folder.SAMPLES} - set(unsent):
             unsent[name] = f"left out: {run / name}: not of step {step}"
     files |= {there: run / name for name, there in RUN_FILES.items() if name not in unsent}
     files |= {path.name: path for path in sorted(run.glob("*.png"))}

@@ -54,7 +54,6 @@ class Recipe:
     cooldown_fraction: float = 0.3
     weight_decay: float = 0.1
     embedding_lr_ratio: float = 1.0
-    base: str = ""  # the recipe that this one varies
 
     @classmethod
     def of_preset(cls, name: str) -> "Recipe":
@@ -66,7 +65,6 @@ class Recipe:
     def flags(self, steps: int) -> dict[str, object]:
         values = dataclasses.asdict(self)
         values["warmup_steps"] = round(values.pop("warmup") * steps)
-        del values["base"]
         return values
 
 
@@ -99,4 +97,10 @@ VARIANTS = {
 }
 for base, variants in VARIANTS.items():
     for name, changes in variants.items():
-        RECIPES[f"{base}-{name}"] = dataclasses.replace(RECIPES[base], base=base, **changes)
+        RECIPES[f"{base}-{name}"] = dataclasses.replace(RECIPES[base], **changes)
+
+
+def base_of(recipe: str) -> str | None:
+    """The recipe that a variant, named "base-…", differs from."""
+    base, hyphen, _ = recipe.partition("-")
+    return base if hyphen else None

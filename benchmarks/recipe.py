@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the m
 
 import recipe_report
 import vocabulary
-from ladder import RECIPES, REFERENCE, RUNGS, Rung
+from ladder import RECIPES, REFERENCE, RUNGS, Rung, base_of
 from recipe_report import Result
 
 from pre_tokens import shards
@@ -171,7 +171,7 @@ class Ladder:
         A factor of 2 apart at first, then the square root of 2; the latter at once where a start is known:
         the best of the rates with results, or that of a variant's base, or of this recipe on a rung below.
         """
-        length, base = min(self.s.lengths), RECIPES[recipe].base
+        length, base = min(self.s.lengths), base_of(recipe)
         keys = {k: self.key(rung, recipe, self.rate(recipe, k), length, 1) for k in range(-12, 13)}
         losses = {k: as_loss(found["loss"]) for k, key in keys.items() if (found := self.find(key))}
         if losses:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from ladder import REFERENCE, RUNGS
+from ladder import REFERENCE, RUNGS, base_of
 
 Result = dict[str, object]
 Runs = dict[int, dict[float, Result]]  # of one recipe on one rung, by seed and length
@@ -128,7 +128,7 @@ def vary(results: list[Result], rung: str, recipe: str) -> Result | None:
     "saved" is the fraction of the tokens that the lower loss is worth, by what the base's loss falls from its
     shortest to its longest run: NaN if the base has one length only.
     """
-    base = best_runs(results, rung, recipe.split("-")[0])
+    base = best_runs(results, rung, base_of(recipe))
     own = best_runs(results, rung, recipe)
     length, seeds = shared(own, base) if own and base else (0.0, [])
     if not seeds:
@@ -174,7 +174,7 @@ def tuned_adamw(results: list[Result], rung: str) -> str:
 
 def text(results: list[Result]) -> str:
     """Both comparisons as tables in Markdown."""
-    variants = [name for name in names(results) if "-" in name]
+    variants = [name for name in names(results) if base_of(name)]
     varied = [row for name in variants for rung in RUNGS if (row := vary(results, rung, name))]
     lines = [
         "| shape | recipe | best rate | tokens per block parameter | seeds | loss | "

@@ -66,7 +66,7 @@ class Attempts:
                 result = work() if here else None
             self.rt.synchronize()  # an error of the device belongs to this work, not to the next step
             self.seconds[what] = time.perf_counter() - begin
-        except Exception as error:  # any failure: training must go on
+        except Exception as error:  # whatever it is, it must not end training
             reason = str(error).partition("\n")[0] or type(error).__name__
             if not isinstance(error, UserError | torch.OutOfMemoryError):
                 reason, trace = f"{type(error).__name__}: {reason}", traceback.format_exc()

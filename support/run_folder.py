@@ -33,18 +33,29 @@ SUMMARY = "summary.json"
 BEST = ":best"  # after a run's name: its checkpoint with the lowest validation loss
 
 
-def claim(out_dir: Path, resume: bool, overwrite: bool, init_from: str) -> tuple[Path | None, FileLock]:
+class Settings(Protocol):
+    """The training script's settings, of which these are used here."""
+
+    out_dir: Path
+    resume: bool
+    overwrite: bool
+    init_from: str
+    track: str
+
+
+def claim(s: Settings) -> tuple[Path | None, FileLock]:
     """Lock the folder for this run; returns the checkpoint to resume from, if any, and the lock.
 
-    Raises UserError if the folder holds a run and neither `resume` nor `overwrite` says what to do with it,
+    Raises UserError if the folder holds a run and neither --resume nor --overwrite says what to do with it,
     if that run began with other weights, if another process is training into it, or if it cannot be written.
     """
+    out_dir = s.out_dir
     names = (
         CONFIG, METRICS, checkpoint.FOLDER, FIGURE, SAMPLES, SUMMARY, attempts.UNDER_WAY,
         trackers.TENSORBOARD_FOLDER,
     )  # fmt: skip
     existing = [out_dir / name for name in names if (out_dir / name).exists()]
-    if existing and not (resume or overwrite):
+    if existing and not (s.resume or s.overwrite):
         raise UserError(
             f"--out-dir {out_dir}: already holds a run: continue it with --resume, replace it with "
             "--overwrite, or name another folder"
@@ -58,26 +69,21 @@ def claim(out_dir: Path, resume: bool, overwrite: bool, init_from: str) -> tuple
         ) from error
     if lock is None:
         raise UserError(f"{out_dir}: another process is training into it: wait, or use another --out-dir")
-    if overwrite:
+    if s.overwrite:
         for path in existing:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     checkpoint.remove_unfinished(out_dir)
-    newest, problems = checkpoint.latest_intact(out_dir) if resume else (None, [])
+    newest, problems = checkpoint.latest_intact(out_dir) if s.resume else (None, [])
     if newest:
-        began = recorded_settings(out_dir).get("init_from", init_from)
-        if began != init_from:
-            raise UserError(f"--init-from {init_from}: the run in {out_dir} began with {began}: set it back")
+        began = recorded_settings(out_dir).get("init_from", s.init_from)
+        if began != s.init_from:
+            raise UserError(
+                f"--init-from {s.init_from}: the run in {out_dir} began with {began}: set it back"
+            )
         checkpoint.warn_of_damage(problems, newest)
-    elif resume:
+    elif s.resume:
         print(f"{out_dir}: no checkpoint to resume from: starting at step 0")
     return newest, lock
-
-
-class Settings(Protocol):
-    """The training script's settings, of which these are used here."""
-
-    out_dir: Path
-    track: str
 
 
 def open_record(
@@ -153,8 +159,7 @@ def changed_settings(out_dir: Path, new: dict[str, object]) -> dict[str, list[ob
     """
     old = recorded_settings(out_dir)
     ignored = {"preset", "resume", "overwrite", "out_dir", "track"}
-    if new["init_from"] != "scratch":  # earlier versions recorded flags instead of the shape
-        ignored |= {"block_size", "n_layer", "n_head", "n_embd"}
+    ignored |= {"block_size", "n_layer", "n_head", "n_embd"}  # a checkpoint of another shape is refused
     names = [name for name in new if name in old and name not in ignored]
     return {name: [old[name], new[name]] for name in names if old[name] != new[name]}
 

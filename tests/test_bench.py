@@ -223,3 +223,17 @@ def test_a_plan_with_recompute_takes_less_memory_and_more_time() -> None:
     # What the compiled graphs keep, counted on fake CUDA tensors.
     needed = 16 * config.n_parameters + 4.81e9
     assert planning.memory_bytes(config, 1024, 64, recompute=True) == pytest.approx(needed, rel=0.05)
+
+
+def test_a_sweep_recommends_what_training_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """train_gpt2.py leaves the attention kernel to PyTorch, so another that is faster is no advice."""
+    rows = [
+        {"micro_batch_size": B, "compile": True, "attention": attention, "tokens_per_sec": speed}
+        for B, attention, speed in ((64, "flash", 3.0), (32, "default", 2.0), (16, "default", 1.0))
+    ]
+    monkeypatch.setattr(bench, "sweep", lambda s: rows)
+    monkeypatch.setattr("sys.argv", ["bench.py", "--sweep", "--device", "cpu"])
+    bench.main()
+    assert "best: --micro-batch-size 32 --compile: 2 tokens/s" in capsys.readouterr().out

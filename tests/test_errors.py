@@ -173,6 +173,11 @@ def test_bad_benches(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "--total-batch-size" not in line  # a flag that bench.py does not have
 
 
+def test_bench_times_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in fails(bench.main, ["--device", "cpu"], monkeypatch, capsys)
+
+
 def test_a_folder_for_files_suggests_a_glob(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

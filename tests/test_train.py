@@ -208,7 +208,12 @@ def test_a_fine_tuning_run_resumes_without_the_weights_it_began_with(train: Trai
     other = train("other", max_steps=2)
     with pytest.raises(UserError, match=r"--init-from .*other: the run in .*begun began with .*base"):
         train("begun", **{**constant, "init_from": str(other)}, resume=True)
+    config = json.loads((begun / "config.json").read_text())
+    config["settings"]["n_layer"] = 12  # as earlier versions recorded it
+    (begun / "config.json").write_text(json.dumps(config))
     train("begun", **constant, resume=True)
+    [changed] = [r for r in history(begun, kinds=("event",)) if r["name"] == "settings changed"]
+    assert "max_steps" in changed and "n_layer" not in changed
     assert history(begun, kinds=("train",)) == history(whole, kinds=("train",))
 
 
@@ -324,6 +329,14 @@ def test_a_checkpoint_that_cannot_be_written(
     events = [r for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "event"]
     failed = {"step": 6, "kind": "event", "name": "checkpoint failed", "reason": "step 4: no space"}
     assert failed in events
+
+
+@pytest.mark.parametrize(("warmup_steps", "warned"), [(1, False), (2, True)])
+def test_a_run_that_is_mostly_warmup_says_so(
+    train: Train, capsys: pytest.CaptureFixture, warmup_steps: int, warned: bool
+) -> None:
+    train(max_steps=3, warmup_steps=warmup_steps)
+    assert ("most of the 3 steps are warm-up" in capsys.readouterr().out) == warned
 
 
 def test_two_runs_do_not_share_a_folder(train: Train, tmp_path: Path) -> None:
