@@ -212,7 +212,7 @@ def measure(s: Settings) -> dict[str, object]:
     with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
         for step in range(s.warmup + s.steps):
             watch.start_lap()
-            numbers = train_gpt2.update(run, batches, SimpleNamespace(number=0))
+            numbers = train_gpt2.update(run, batches)
             watch.mark("optimizer")
             if s.sync:
                 numbers.tolist()

@@ -246,6 +246,7 @@ def count_correct(model: GPT, examples: list[Example], rt: Runtime, progress: bo
     )
     with tqdm(total=len(examples), unit=" examples", disable=not progress) as bar:
         for batch in todo[rt.rank :: rt.world_size]:
+            rt.stop.check()
             with rt.autocast():
                 losses = ending_losses(model, batch)
             labels = torch.tensor([example.label for example in batch])

@@ -53,7 +53,7 @@ from support.cli import UserError
 from support.loss import default_chunks
 from support.metrics import Metrics
 from support.progress import Clock, Progress
-from support.runtime import Runtime, StopSignal
+from support.runtime import Runtime
 
 
 @dataclass
@@ -209,39 +209,43 @@ def train(s: Settings) -> int:
 def run_steps(run: Run) -> int:
     """All optimizer steps that are left, and what is due between them. Returns the exit status."""
     s, rt = run.settings, run.rt
-    stop = StopSignal(announce=rt.is_main, agent=rt.agent)
+    rt.stop.listen(announce=rt.is_main, agent=rt.agent)
     batches = dataloader.train_batches(
         run.train_stream, run.steps_done, s.total_batch_size // s.sequence_length, run.micro_batch_size,
         rt.rank, rt.world_size, rt.device,
     )  # fmt: skip
     step = run.steps_done
-    evaluate(run, step)  # at a resume only what the record of this step lacks
+    stopped = evaluate(run, step)  # at a resume only what the record of this step lacks
     flops_per_token = run.model.config.flops_per_token(s.sequence_length)
     peak_flops = hardware.peak_flops(rt.device, rt.dtype)
     progress = Progress(s, rt, run.metrics, flops_per_token, peak_flops, pauses=run.attempt.seconds)
     with contextlib.closing(batches), run.clock("training"):
-        while step < run.last_step:
+        while step < run.last_step and not stopped:
             step += 1
             progress.begin()
             lr = optim.set_learning_rates(run.optimizers, step, s)
             overdue = rt.is_main and run.writer.is_overdue(s.checkpoint_minutes)
-            progress.add(step, lr, update(run, batches, stop, overdue))  # nothing waits for the device
+            progress.add(step, lr, update(run, batches, overdue))  # nothing waits for the device
             last = step == s.max_steps
             to_save = last or is_due(step, s.checkpoint_interval, s.keep_best * s.val_interval)
             pause = to_save or is_due(step, s.val_interval, s.hellaswag_interval, s.sample_interval)
             stopped, overdue = progress.report(catch_up=pause)  # of any process, read with the step's numbers
+            if stopped:
+                break
             healthy = progress.bad_steps == 0  # weights that no longer give a finite loss are not kept
-            if stopped or last or (healthy and (to_save or overdue)):
-                save(run, step, wait=last or stopped > 0)
-            if stopped and not last:
-                how = run_folder.how_to_continue(s.out_dir, s.overwrite, rt.world_size)
-                rt.say(f"stopped by {signal.Signals(stopped).name} after step {step}: {how}")
-                return 128 + stopped
+            if last or (healthy and (to_save or overdue)):
+                save(run, step, wait=last)
             if pause:
-                evaluate(run, step)
-    if step < s.max_steps:  # --patience has run out
+                stopped = evaluate(run, step)
+    if step < s.max_steps and not stopped:  # --patience has run out
         save(run, step, wait=True)
-        evaluate(run, step)  # what only the last step has
+        stopped = evaluate(run, step)  # what only the last step has
+    if stopped:
+        if step > run.steps_done:
+            save(run, step, wait=True)
+        how = run_folder.how_to_continue(s.out_dir, s.overwrite, rt.world_size)
+        rt.say(f"stopped by {signal.Signals(stopped).name} after step {step}: {how}")
+        return 128 + stopped
     finish(run, step)
     return 0
 
@@ -251,9 +255,7 @@ def is_due(step: int, *intervals: int) -> bool:
     return any(interval > 0 and step % interval == 0 for interval in intervals)
 
 
-def update(
-    run: Run, batches: Iterator[tuple[Tensor, Tensor]], stop: StopSignal, overdue: bool = False
-) -> Tensor:
+def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], overdue: bool = False) -> Tensor:
     """One optimizer step over all micro-batches. Does not wait for the device.
 
     Returns float32 (6,) on the device: the mean loss over all processes, the gradient norm before clipping,
@@ -276,7 +278,7 @@ def update(
         run.scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
     # The loss and the flags travel together. full_like fills on the device: a copy would synchronise.
-    flags = [stop.number == signal.SIGTERM, stop.number == signal.SIGINT, overdue]
+    flags = [rt.stop.number == signal.SIGTERM, rt.stop.number == signal.SIGINT, overdue]
     flags = [torch.full_like(loss_sum, flag) for flag in flags]
     mean_loss, *flags = rt.all_reduce(torch.stack([loss_sum / rt.world_size, *flags]))
     scale = run.scaler.scale(torch.ones_like(loss_sum))
@@ -287,10 +289,11 @@ def update(
 # ---------------------------------------------------------------- between steps
 
 
-def evaluate(run: Run, step: int) -> None:
+def evaluate(run: Run, step: int) -> int:
     """Validation and HellaSwag if due after `step`, or if it is the last; samples if due (not the last).
 
     What the record of the step has already is not repeated. With --patience this may become the last step.
+    Returns the number of the signal that has cut it off, or 0.
     """
     s, rt, examples = run.settings, run.rt, run.hellaswag_examples
     last = step == run.last_step
@@ -319,6 +322,7 @@ def evaluate(run: Run, step: int) -> None:
             for text in (run.attempt(step, "samples", work, here=rt.is_main) or [])[::3]:
                 run.say(step, f"sample: {text!r}")
                 run.metrics.log(step, "event", name="sample", text=text)
+    return run.attempt.stopped_by
 
 
 @torch.no_grad()
@@ -333,6 +337,7 @@ def validate(run: Run) -> Tensor:
         stream, n_sequences, run.micro_batch_size, rt.rank, rt.world_size, rt.device
     )
     for x, y in batches:
+        rt.stop.check()
         with rt.autocast():
             _, loss = run.eval_model(x, y, run.loss_chunks)
         sums.append(loss * (y != -100).sum())

@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules above this folder
 
@@ -262,9 +261,8 @@ def costs(part: Part) -> dict[str, float]:
     batches = dataloader.train_batches(
         run.train_stream, 0, s.total_batch_size // s.sequence_length, run.micro_batch_size, 0, 1, rt.device
     )
-    stop = SimpleNamespace(number=0)  # no signal
     with contextlib.closing(batches):
-        train_gpt2.update(run, batches, stop)  # there are checkpoints of optimizer states only after a step
+        train_gpt2.update(run, batches)  # there are checkpoints of optimizer states only after a step
     none = {"val_interval": 0, "hellaswag_interval": 0, "sample_interval": 0}
     found: dict[str, float] = {}
     for number, kind in enumerate(("val", "hellaswag", "sample")):

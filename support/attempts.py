@@ -19,7 +19,7 @@ import torch
 from support import files, metrics
 from support.cli import UserError
 from support.metrics import Metrics
-from support.runtime import Runtime
+from support.runtime import Runtime, Stopped
 
 T = TypeVar("T")
 UNDER_WAY = ".evaluating.json"
@@ -37,6 +37,7 @@ class Attempts:
         self.file = run_metrics.path.parent / UNDER_WAY
         self.settled: set[tuple[int, str]] = set()
         self.seconds: dict[str, float] = {}  # what -> how long it took the last time
+        self.stopped_by = 0  # the signal that has cut one of them off, on any process
         if rt.is_main:
             records = [r for r in metrics.read(run_metrics.path) if r["step"] == steps_done]
             found = {r["kind"] for r in records} | {r.get("name") for r in records}
@@ -55,17 +56,20 @@ class Attempts:
         """What `work` returns; None if it failed on any process, was done before, or keeps killing the run.
 
         work: without communication between processes, since one that fails would leave the others waiting.
-        It is called in the run's precision. here: whether this process does it; None if not.
+        It is called in the run's precision. Where it raises Stopped it is not done, and nothing after it is.
+        here: whether this process does it; None if not.
         """
-        if self.rt.on_any(self.rt.is_main and not self._begin(step, what)):
+        if self.stopped_by or self.rt.on_any(self.rt.is_main and not self._begin(step, what)):
             return None
-        result, reason, trace = None, "", None
+        result, reason, trace, stopped_by = None, "", None, 0
         begin = time.perf_counter()
         try:
             with self.rt.autocast():
                 result = work() if here else None
             self.rt.synchronize()  # an error of the device belongs to this work, not to the next step
             self.seconds[what] = time.perf_counter() - begin
+        except Stopped:
+            stopped_by = self.rt.stop.number
         except Exception as error:  # whatever it is, it must not end training
             reason = str(error).partition("\n")[0] or type(error).__name__
             if not isinstance(error, UserError | torch.OutOfMemoryError):
@@ -78,14 +82,15 @@ class Attempts:
             gc.collect()
             if self.rt.device.type == "cuda":
                 torch.cuda.empty_cache()
-        failed = self.rt.on_any(reason != "")
+        outcome = torch.tensor([reason != "", stopped_by], device=self.rt.device, dtype=torch.int64)
+        failed, self.stopped_by = self.rt.all_reduce(outcome, "MAX").tolist()
         if self.rt.is_main:
             if failed and not reason:
                 self._record(step, what, "on another process", None)
             self._write([pair for pair in self._under_way() if pair != [step, what]])
             if what in RECORDS:
                 self.settled.add((step, what))
-        return None if failed else result
+        return None if failed or self.stopped_by else result
 
     def _begin(self, step: int, what: str) -> bool:
         """Whether to do it; then it is noted as under way."""

@@ -112,7 +112,7 @@ def test_a_training_step(optimizer: str, dropout: float, books: Books) -> None:
     )  # fmt: skip
     x = torch.zeros(2, 32, dtype=torch.int64)
     batches = iter([(dataloader._move(x, MPS), dataloader._move(x, MPS))] * 2)
-    train_gpt2.update(run, batches, SimpleNamespace(number=0))
+    train_gpt2.update(run, batches)
     assert {"_fused_adamw_", "_foreach_sub_.List"} & books.operations
 
 

@@ -217,7 +217,8 @@ def test_ctrl_break_stops_a_run_as_sigterm_does(monkeypatch: pytest.MonkeyPatch)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     wakeup = signal.set_wakeup_fd(-1)
     try:
-        stop = runtime.StopSignal(announce=False)
+        stop = runtime.StopSignal()
+        stop.listen(announce=False, agent=0)
         os.kill(os.getpid(), signal.SIGUSR1)
         deadline = time.monotonic() + 10
         while not stop.number and time.monotonic() < deadline:

@@ -80,7 +80,8 @@ def test_the_death_of_torchrun_stops_a_run_as_sigterm_does(
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     wakeup = signal.set_wakeup_fd(-1)
     try:
-        stop = runtime.StopSignal(announce=False, agent=os.getppid() if is_there else os.getpid())
+        stop = runtime.StopSignal()
+        stop.listen(announce=False, agent=os.getppid() if is_there else os.getpid())
         deadline = time.monotonic() + (0.5 if is_there else 10)
         while not stop.number and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import signal
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -22,11 +23,12 @@ import upload_hf
 from model import GPT
 from settings import PRESETS, check_settings, settings_from_config
 from support import checkpoint, metrics, run_folder, sampling
-from support.attempts import MAX_DEATHS, Attempts
+from support.attempts import MAX_DEATHS, UNDER_WAY, Attempts
 from support.cli import UserError
 from support.metrics import Metrics
 
 Train = Callable[..., Path]
+COUNT_CORRECT = hellaswag.count_correct  # where with_hellaswag replaces it
 
 
 def steps_kept(run: Path) -> list[int]:
@@ -193,6 +195,45 @@ def test_an_evaluation_is_made_up_for_after_a_kill(
     assert (next(validations), next(counts)) == (5, 5)  # 4 of each in all, and once more what was cut off
 
 
+@pytest.mark.parametrize("what", ["validation", "HellaSwag"])
+@pytest.mark.parametrize(("step", "interval"), [(0, 100), (2, 2), (4, 100), (6, 100)])
+def test_a_signal_cuts_an_evaluation_off(
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    with_hellaswag: dict[str, object],
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+    step: int,
+    interval: int,
+) -> None:
+    """The run saves, and does the evaluation when it is resumed: the record is that of an undisturbed run."""
+    monkeypatch.setattr(hellaswag, "count_correct", COUNT_CORRECT)
+    settings = {**with_hellaswag, "checkpoint_interval": interval}
+    whole = train("whole", **settings)
+    owner, name = {"validation": (train_gpt2, "validate"), "HellaSwag": (hellaswag, "count_correct")}[what]
+    work, calls = getattr(owner, name), itertools.count()
+
+    def signalled(*args: object) -> torch.Tensor:
+        rt = args[0].rt if what == "validation" else args[2]
+        if next(calls) == step // 2:
+            rt.stop.number = signal.SIGTERM
+        return work(*args)
+
+    monkeypatch.setattr(owner, name, signalled)
+    run = train("run", **settings)
+    assert f"stopped by SIGTERM after step {step}" in capsys.readouterr().out
+    assert steps_kept(run)[-1:] == [step][: step > 0]
+    assert not (run / UNDER_WAY).exists()
+    monkeypatch.setattr(owner, name, work)
+    kinds = ("train", "val", "hellaswag")
+    expected = history(whole, kinds)
+    kind = {"validation": "val", "HellaSwag": "hellaswag"}[what]
+    first_left_out = [(r["kind"], r["step"]) for r in expected].index((kind, step))
+    assert history(run, kinds) == expected[:first_left_out] and not events(run, "evaluation failed")
+    train("run", **settings, resume=True)
+    assert history(run, kinds) == expected
+
+
 @pytest.mark.parametrize("interval", [1, 100])
 def test_an_evaluation_that_kills_does_not_trap_a_restart_loop(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interval: int
@@ -210,7 +251,7 @@ def test_an_evaluation_that_kills_does_not_trap_a_restart_loop(
     assert steps_kept(run)[-1] == 6 and (run / "summary.json").exists()
     assert "has ended in it" in events(run, "evaluation failed")[-1]["reason"]
     monkeypatch.undo()
-    (run / ".evaluating.json").unlink()  # as the message says
+    (run / UNDER_WAY).unlink()  # as the message says
     train(resume=True)
     assert history(run, kinds=("val",)) == history(whole, kinds=("val",))[-1:]
 
@@ -220,7 +261,7 @@ def test_overwrite_forgets_earlier_deaths(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / ".evaluating.json").write_text(json.dumps([[0, "validation"]] * MAX_DEATHS))
+    (run / UNDER_WAY).write_text(json.dumps([[0, "validation"]] * MAX_DEATHS))
     train(overwrite=True)
     assert [r["step"] for r in history(run, kinds=("val",))] == [0, 2, 4, 6]
 
@@ -258,6 +299,25 @@ train_gpt2.validate = fail
 if __name__ == "__main__":
     cli.run(train_gpt2.main)
 """
+
+
+SIGNAL_ON_RANK_1 = FAILS_ON_RANK_1.replace('raise MemoryError("too much")', "run.rt.stop.number = 2")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_in_an_evaluation(
+    train: Train, data_dir: Path, tmp_path: Path
+) -> None:
+    whole = train("whole")
+    (tmp_path / "stopping.py").write_text(SIGNAL_ON_RANK_1)
+    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": tmp_path / "two", "checkpoint_interval": 0})
+    done = run_script(str(tmp_path / "stopping.py"), "--preset", "demo", *flags, nproc=2)
+    assert "stopped by SIGINT after step 2" in done.stdout
+    run = tmp_path / "two"
+    assert [(r["kind"], r["step"]) for r in history(run)] == [("val", 0), ("train", 1), ("train", 2)]
+    assert steps_kept(run) == [2]
+    train("two", resume=True)
+    assert [r["loss"] for r in history(run)] == pytest.approx([r["loss"] for r in history(whole)], abs=1e-5)
 
 
 @pytest.mark.slow
