@@ -214,7 +214,7 @@ def run_steps(run: Run) -> int:
         run.train_stream, run.steps_done, s.total_batch_size // s.sequence_length, run.micro_batch_size,
         rt.rank, rt.world_size, rt.device,
     )  # fmt: skip
-    step = run.steps_done
+    step = saved = run.steps_done
     stopped = evaluate(run, step)  # at a resume only what the record of this step lacks
     flops_per_token = run.model.config.flops_per_token(s.sequence_length)
     peak_flops = hardware.peak_flops(rt.device, rt.dtype)
@@ -235,14 +235,18 @@ def run_steps(run: Run) -> int:
             healthy = progress.bad_steps == 0  # weights that no longer give a finite loss are not kept
             if last or (healthy and (to_save or overdue)):
                 save(run, step, wait=last)
+                saved = step
             if pause:
                 stopped = evaluate(run, step)
     if step < s.max_steps and not stopped:  # --patience has run out
         save(run, step, wait=True)
+        saved = step
         stopped = evaluate(run, step)  # what only the last step has
     if stopped:
-        if step > run.steps_done:
+        if step > saved:
             save(run, step, wait=True)
+        elif rt.is_main and (failure := run.writer.wait()):
+            raise failure
         how = run_folder.how_to_continue(s.out_dir, s.overwrite, rt.world_size)
         rt.say(f"stopped by {signal.Signals(stopped).name} after step {step}: {how}")
         return 128 + stopped
@@ -305,7 +309,8 @@ def evaluate(run: Run, step: int) -> int:
                 run.say(step, f"validation loss {val_loss:.4f}")
                 run.metrics.log(step, "val", loss=val_loss)
             stale, best = run_folder.stale_validations(s.out_dir) if rt.is_main and s.patience else (0, None)
-            if s.patience and not last and rt.on_any(stale >= s.patience):
+            goes_on = not s.patience or last or run.attempt.stopped_by
+            if not goes_on and rt.on_any(stale >= s.patience):
                 run.last_step = step
                 run.say(step, f"--patience {s.patience}: ending, as no loss is below that of step {best}")
                 run.metrics.log(step, "event", name="patience ran out", validations=stale, best_step=best)

@@ -56,8 +56,8 @@ class Attempts:
         """What `work` returns; None if it failed on any process, was done before, or keeps killing the run.
 
         work: without communication between processes, since one that fails would leave the others waiting.
-        It is called in the run's precision. Where it raises Stopped it is not done, and nothing after it is.
-        here: whether this process does it; None if not.
+        It is called in the run's precision. If it raises Stopped on any process, this returns None, here and
+        from then on: it stays noted as under way. here: whether this process does it; None if not.
         """
         if self.stopped_by or self.rt.on_any(self.rt.is_main and not self._begin(step, what)):
             return None
@@ -82,9 +82,8 @@ class Attempts:
             gc.collect()
             if self.rt.device.type == "cuda":
                 torch.cuda.empty_cache()
-        outcome = torch.tensor([reason != "", stopped_by], device=self.rt.device, dtype=torch.int64)
-        failed, self.stopped_by = self.rt.all_reduce(outcome, "MAX").tolist()
-        if self.rt.is_main:
+        failed, self.stopped_by = self.rt.highest(reason != "", stopped_by)
+        if self.rt.is_main and not self.stopped_by:
             if failed and not reason:
                 self._record(step, what, "on another process", None)
             self._write([pair for pair in self._under_way() if pair != [step, what]])

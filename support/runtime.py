@@ -37,7 +37,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can stop after the current step.
+    """Remembers SIGTERM or SIGINT, so that the loop can stop after the current step or in its evaluation.
 
     Until `listen` is called they end the process at once, as usual.
 
@@ -91,7 +91,8 @@ class StopSignal:
             if self.announce:
                 name = signal.Signals(number).name
                 left = "once" if self.times == 2 else "twice"
-                print(f"\n{name}: finishing this step; {left} more to quit now", file=sys.stderr, flush=True)
+                text = f"\n{name}: stopping after this step; {left} more to quit now"
+                print(text, file=sys.stderr, flush=True)
 
     def _look_for_agent(self) -> None:
         """Stop if torchrun is gone: another process has become this one's parent."""
@@ -100,7 +101,7 @@ class StopSignal:
         self.agent = 0
         self.number = self.number or signal.SIGTERM
         if self.announce:
-            print("\ntorchrun is gone: finishing this step", file=sys.stderr, flush=True)
+            print("\ntorchrun is gone: stopping after this step", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,11 @@ class Runtime:
 
     def on_any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return bool(self.all_reduce(torch.tensor(int(flag), device=self.device), "MAX"))
+        return self.highest(flag)[0] > 0
+
+    def highest(self, *numbers: int) -> list[int]:
+        """The highest of each of the numbers on any process."""
+        return self.all_reduce(torch.tensor(numbers, device=self.device, dtype=torch.int64), "MAX").tolist()
 
     def barrier(self) -> None:
         """Wait for all processes."""

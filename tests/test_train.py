@@ -436,7 +436,7 @@ def test_ctrl_c_is_answered_during_a_long_step(undisturbed: tuple[Path, list], t
     begin = time.time()
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "\n"
-    assert process.stderr.readline() == "SIGINT: finishing this step; twice more to quit now\n"
+    assert process.stderr.readline() == "SIGINT: stopping after this step; twice more to quit now\n"
     answered = time.time() - begin
     output, errors = process.communicate(timeout=100)
     assert answered < (time.time() - begin) / 2

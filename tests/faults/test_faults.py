@@ -271,7 +271,7 @@ def test_torchrun_killed_alone(run: Run, expected_of_two: Expected) -> None:
     finally:
         run.kill(process)
     assert len(left_behind) == 2
-    assert errors.count("torchrun is gone: finishing this step") == 1 and "Traceback" not in errors
+    assert errors.count("torchrun is gone: stopping after this step") == 1 and "Traceback" not in errors
     assert f"stopped by SIGTERM after step {run.last_step()}" in output
     assert run.lost() == 0
     row.lost.append(0)
