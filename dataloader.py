@@ -41,7 +41,8 @@ class TokenStream:
         self.sequence_length = sequence_length
         self.seed = seed
         self.shuffle = shuffle
-        # Each sequence needs one more token, the target of its last.
+        # Each sequence needs one more token, the target of its last: of tokens a b c d e, T = 4, the inputs
+        # are a b c d and the targets b c d e; the next sequence begins with e.
         self.counts = np.array([(shard.n_tokens - 1) // sequence_length for shard in shards])
         if not self.counts.any():
             raise UserError(

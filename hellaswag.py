@@ -235,15 +235,17 @@ def evaluate(model: GPT, examples: list[Example], rt: Runtime, progress: bool = 
 
     model: the module itself, not compiled: its batches have many shapes, and compiling pays for none of them.
     """
-    return total_score(count_correct(model, examples, rt, progress), len(examples), rt)
+    fitting = truncate_contexts(examples, model.config.block_size)
+    return total_score(count_correct(model, fitting, rt, progress), len(examples), rt)
 
 
 def count_correct(model: GPT, examples: list[Example], rt: Runtime, progress: bool = False) -> Tensor:
-    """Of this process's share of the examples, how many are right for acc and acc_norm: int64 (2,), CPU."""
+    """Of this process's share of the examples, how many are right for acc and acc_norm: int64 (2,), CPU.
+
+    The examples must fit into the model: see `truncate_contexts`.
+    """
     correct = torch.zeros(2, dtype=torch.int64)
-    todo = batches(
-        truncate_contexts(examples, model.config.block_size), BATCH_TOKENS.get(rt.device.type, 2048)
-    )
+    todo = batches(examples, BATCH_TOKENS.get(rt.device.type, 2048))
     with tqdm(total=len(examples), unit=" examples", disable=not progress) as bar:
         for batch in todo[rt.rank :: rt.world_size]:
             rt.stop.check()

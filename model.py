@@ -133,6 +133,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, T: int, attention: Attention | None = None) -> Tensor:
         """x (N, C), sequences of T tokens one after another, B·T = N -> (N, C)."""
         N, C = x.shape
+        # Each (N, C) -> (B, T, n_head, head size) -> (B, n_head, T, head size).
         q, k, v = (
             t.view(N // T, T, self.n_head, C // self.n_head).transpose(1, 2)
             for t in self.c_attn(x).split(C, dim=1)
@@ -184,7 +185,7 @@ class GPT(nn.Module):
             )
         self.config = config
         # Built without memory first: the layers would draw default weights, which advances the generator by
-        # an amount that depends on the padding. For it an embedding here would import torch.compile.
+        # an amount that depends on the padding. nn.Embedding's own would also import torch.compile here.
         embedding = lambda *shape: nn.Embedding.from_pretrained(torch.empty(shape), freeze=False)  # noqa: E731
         with torch.device("meta"):
             self.transformer = nn.ModuleDict(
@@ -245,7 +246,7 @@ class GPT(nn.Module):
         x = (self.transformer.wte(idx) + self.transformer.wpe(positions)).flatten(0, 1)
         x = self.transformer.drop(x)
         recompute = self.recompute and torch.is_grad_enabled()
-        # The second time a block must drop what it dropped the first time.
+        # A block that is computed again needs the same dropout masks.
         options = {"use_reentrant": False, "preserve_rng_state": self.transformer.drop.rate_now > 0}
         for block in self.transformer.h:
             x = checkpoint(block, x, T, attention, **options) if recompute else block(x, T, attention)
@@ -259,31 +260,25 @@ class GPT(nn.Module):
         return self.lm_head(states)[..., : self.config.vocab_size]
 
     def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        loss_chunks: int = 1,
-        return_logits: bool = False,
+        self, idx: Tensor, targets: Tensor | None = None, loss_chunks: int = 1
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Next-token logits; with targets the loss instead, or both with return_logits.
+        """Next-token logits, or with targets the loss in their place.
 
         idx, targets: int64 (B, T), T at most block_size; a target of -100 is ignored.
         Returns logits (B, T, vocab_size) or None, and the mean cross-entropy in nats, a scalar in fp32, or
-        None. loss_chunks: the loss alone may be computed in that many chunks of the batch, to save memory.
+        None. loss_chunks: the loss may be computed in that many chunks of the batch, to save memory.
         """
         states = self.hidden(idx)
-        # Logits that are returned take part in backward, with a gradient of their size even if it is zero.
-        if targets is not None and not return_logits:
-            # The compiler would unroll all blocks, and fuses the passes over a row by itself.
-            in_blocks = states.device.type == "cpu" and not torch.compiler.is_compiling()
-            cross_entropy = BlockCrossEntropy if in_blocks else RowCrossEntropy
-            head = (self.lm_head.weight, targets.flatten(), self.config.vocab_size, loss_chunks)
-            return None, cross_entropy.apply(states.flatten(0, 1), *head)
-        logits = self.head(states)
         if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        return logits, loss
+            return self.head(states), None
+        # F.cross_entropy(self.head(states), targets), but never with all logits in memory. On a CPU it takes
+        # the vocabulary in blocks; the compiler fuses the passes over a row by itself, and would unroll them.
+        in_blocks = states.device.type == "cpu" and not torch.compiler.is_compiling()
+        cross_entropy = BlockCrossEntropy if in_blocks else RowCrossEntropy
+        loss = cross_entropy.apply(
+            states.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size, loss_chunks
+        )
+        return None, loss
 
     def generate(
         self,

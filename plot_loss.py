@@ -9,6 +9,7 @@ A run is a run folder, its metrics.jsonl, or a plain log of older training scrip
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+import hellaswag
 from support import cli, metrics, run_folder
 from support.cli import UserError
 
@@ -80,11 +82,15 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
         if log_x:
             axis.set_xscale("symlog", linthresh=1)
         if kind == "hellaswag":
-            axis.axhline(0.25, color="gray", linestyle="--", linewidth=1, label="chance")
+            published = hellaswag.PUBLISHED["completion"][1]
+            axis.axhline(published, color="gray", linestyle="--", linewidth=1, label="OpenAI's GPT-2 124M")
+            axis.axhline(0.25, color="gray", linestyle=":", linewidth=1, label="chance")
             axis.legend(frameon=False)
         if kind == "tokens_per_sec":
             axis.set_ylim(bottom=0)
             axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if longest > 1000 and not log_x:
+        axes[0].set_ylim(*_loss_limits(series.values(), window))
     axes[0].legend(frameon=False)
     axes[-1].set_xlabel("step")
     last = max(steps[-1] for values in series.values() for steps, _ in values.values())
@@ -114,6 +120,23 @@ def _draw_losses(axis: object, values: dict, name: str, color: str, window: int)
             axis.axhline(losses[0], color=color, linestyle=":", label=label)
         else:
             axis.plot(steps, losses, "o--", color="black" if not name else color, markersize=4, label=label)
+
+
+def _loss_limits(series: Iterable[dict], window: int) -> tuple[float | None, float | None]:
+    """Limits of the loss axis that leave out the first 5 % of each run: they would flatten the rest."""
+    shown = []
+    for values in series:
+        for kind in ("train", "val"):
+            if kind in values:
+                steps, losses = values[kind]
+                losses = _moving_average(losses, window) if kind == "train" else losses
+                shown.append(losses[steps >= 0.05 * steps[-1]])
+    shown = np.concatenate(shown or [np.empty(0)])
+    shown = shown[np.isfinite(shown)]
+    if len(shown) == 0 or shown.min() == shown.max():
+        return None, None
+    margin = 0.05 * (shown.max() - shown.min())
+    return shown.min() - margin, shown.max() + margin
 
 
 def _moving_average(values: np.ndarray, window: int) -> np.ndarray:

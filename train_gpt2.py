@@ -98,7 +98,7 @@ def set_up(s: Settings) -> Run:
     shape = GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
     flops = s.max_steps * s.total_batch_size * shape.flops_per_token(s.sequence_length)
     hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
-    head = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
+    hub_state = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
     with clock("data"):
         rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
         data = shards.find_shards(s.data_dir, s.num_shards)
@@ -125,7 +125,7 @@ def set_up(s: Settings) -> Run:
     claimed = rt.run_on_some(rt.is_main, lambda: run_folder.claim(s))
     newest, lock = claimed or (None, None)
     steps_done = checkpoint.step_of(newest) if newest else 0
-    steps_done = int(rt.all_reduce(torch.tensor(steps_done, device=rt.device), "MAX"))
+    [steps_done] = rt.highest(steps_done)  # rank 0 tells the others
     identity = checkpoint.identity(s, model.config, train_stream.fingerprint())
     if steps_done:
         folder = checkpoint.folder_of(s.out_dir, steps_done)
@@ -146,7 +146,8 @@ def set_up(s: Settings) -> Run:
         hellaswag_examples=examples, model=model, train_model=train_model, eval_model=eval_model,
         optimizers=optimizers, scaler=scaler, micro_batch_size=B, accumulation_steps=sequences // B,
         loss_chunks=s.loss_chunks or default_chunks(B * s.sequence_length, rt.device), last_step=s.max_steps,
-        identity=identity, writer=checkpoint.Writer(), pusher=push.Pusher(s, head, newest, not rt.is_main),
+        identity=identity, writer=checkpoint.Writer(),
+        pusher=push.Pusher(s, hub_state, newest, not rt.is_main),
     )  # fmt: skip
     report.at_start(s, rt, model.config, len(train_stream), B, run.accumulation_steps, steps_done)
     return run
@@ -270,8 +271,9 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], overdue: bool = F
     loss_sum = torch.zeros((), device=rt.device)
     for micro_step in range(n):
         x, y = next(batches)
-        # DDP averages the gradients over all processes inside backward(), overlapping with it; no_sync()
-        # postpones that to the last micro-batch of the step.
+        # The gradients of micro-batches add up, and the loss of the whole batch is the mean of theirs: hence
+        # loss / n. DDP averages over the processes inside backward(), overlapping with it; no_sync() leaves
+        # that to the last micro-batch of the step.
         local = rt.world_size > 1 and micro_step < n - 1
         with run.train_model.no_sync() if local else contextlib.nullcontext():
             with rt.autocast():
@@ -282,12 +284,12 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], overdue: bool = F
         run.scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
     # The loss and the flags travel together. full_like fills on the device: a copy would synchronise.
-    flags = [rt.stop.number == signal.SIGTERM, rt.stop.number == signal.SIGINT, overdue]
-    flags = [torch.full_like(loss_sum, flag) for flag in flags]
-    mean_loss, *flags = rt.all_reduce(torch.stack([loss_sum / rt.world_size, *flags]))
+    flags = (rt.stop.number == signal.SIGTERM, rt.stop.number == signal.SIGINT, overdue)
+    shares = [loss_sum / rt.world_size, *(torch.full_like(loss_sum, flag) for flag in flags)]
+    mean_loss, *counts = rt.all_reduce(torch.stack(shares))
     scale = run.scaler.scale(torch.ones_like(loss_sum))
     optim.step(run.optimizers, run.scaler, finite=(mean_loss + grad_norm).isfinite().float())
-    return torch.stack([mean_loss, grad_norm, *flags, scale])
+    return torch.stack([mean_loss, grad_norm, *counts, scale])
 
 
 # ---------------------------------------------------------------- between steps
@@ -309,8 +311,8 @@ def evaluate(run: Run, step: int) -> int:
                 run.say(step, f"validation loss {val_loss:.4f}")
                 run.metrics.log(step, "val", loss=val_loss)
             stale, best = run_folder.stale_validations(s.out_dir) if rt.is_main and s.patience else (0, None)
-            goes_on = not s.patience or last or run.attempt.stopped_by
-            if not goes_on and rt.on_any(stale >= s.patience):
+            may_end = s.patience > 0 and not last and run.attempt.stopped_by == 0
+            if may_end and rt.on_any(stale >= s.patience):
                 run.last_step = step
                 run.say(step, f"--patience {s.patience}: ending, as no loss is below that of step {best}")
                 run.metrics.log(step, "event", name="patience ran out", validations=stale, best_step=best)

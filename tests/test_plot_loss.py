@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 
 import plot_loss
 
@@ -71,3 +73,17 @@ def test_a_figure_of_one_evaluation_and_two_lengths(train: Callable[..., Path], 
         (tmp_path / name).write_text("".join(f"{step} train 5\n" for step in range(length)))
     svg = plot_loss.plot([tmp_path / "long.txt", tmp_path / "short.txt"], tmp_path / "b.svg").read_text()
     assert svg.count("mean of 10 steps -->") == 2
+
+
+def test_the_loss_axis_leaves_out_a_long_runs_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a loss of 11 to one of 3: the axis has the losses after the first 5 % of the steps."""
+    axes = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, out: axes.append(figure.axes[0]))
+    losses = [3 + 8 * np.exp(-step / 100) for step in range(2001)]
+    for name, last in (("long.txt", 2000), ("short.txt", 500)):
+        text = "".join(f"{step} train {losses[step]}\n" for step in range(last + 1))
+        (tmp_path / name).write_text(f"{text}7 train nan\n0 val {losses[0]}\n{last} val {losses[last]}\n")
+        plot_loss.plot([tmp_path / name], tmp_path / "figure.png", smooth=1)
+    long, short = (axis.get_ylim() for axis in axes)
+    assert losses[100] < long[1] < losses[90] and 2.5 < long[0] < losses[2000]
+    assert short[1] > losses[0]
