@@ -228,12 +228,14 @@ def upload(s: Settings) -> None:
     what = f"--repo-id {s.repo_id}"
     if s.dry_run:
         print(f"\n{card}")
+        if not s.private:
+            print("note: if the model is new on the Hub, everyone can see it: --private prevents that")
         return
     if not get_token():
         raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")
     api = HfApi()
     with hub.user_errors(what):
-        hub.with_retries(lambda: api.create_repo(s.repo_id, private=s.private, exist_ok=True))
+        hub.with_retries(lambda: api.create_repo(s.repo_id, private=s.private or None, exist_ok=True))
         if s.revision and s.revision in {tag.name for tag in api.list_repo_refs(s.repo_id).tags}:
             raise UserError(f"--revision {s.revision}: a tag of that name already exists: choose another")
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]

@@ -61,6 +61,8 @@ def main() -> None:
         f"{len(new)} of {len(manifest['shards'])} shards to send: {megabytes:,.1f} MB, and {shards.MANIFEST}"
     )
     if s.dry_run:
+        if not s.private:
+            print("note: if the data set is new on the Hub, everyone can see it: --private prevents that")
         return
     if not get_token():
         raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")
