@@ -95,10 +95,11 @@ def set_up(s: Settings) -> Run:
     """Everything a run needs, from settings to a resumed state. Raises UserError on a user's mistake."""
     check_settings(s, runtime.world_size())
     rt, clock = runtime.start(s.device, s.dtype), Clock()
-    shape = GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
-    flops = s.max_steps * s.total_batch_size * shape.flops_per_token(s.sequence_length)
-    hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
     hub_state = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
+    model = build_model(s, rt.device)
+    s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # to be recorded
+    flops = s.max_steps * s.total_batch_size * model.config.flops_per_token(s.sequence_length)
+    hardware.refuse_long_runs_on_cpu(s.device, flops, rt)  # before it fetches gigabytes of data
     with clock("data"):
         rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
         data = shards.find_shards(s.data_dir, s.num_shards)
@@ -109,8 +110,6 @@ def set_up(s: Settings) -> Run:
             begun = s.resume and len(checkpoint.folders(s.out_dir)) > 0
             examples, problem = hellaswag.prepare(s.hellaswag_data, rt, required=not begun)
 
-    model = build_model(s, rt.device)
-    s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # to be recorded
     examples = hellaswag.truncate_contexts(examples, model.config.block_size)
     sequences = s.total_batch_size // s.sequence_length // rt.world_size  # per step and process
     B = s.micro_batch_size or hardware.largest_micro_batch(

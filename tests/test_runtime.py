@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,6 +244,13 @@ def test_a_run_of_days_on_a_cpu_needs_device_cpu(tmp_path: Path, monkeypatch: py
     ):
         with pytest.raises(UserError, match="got there"):
             train_gpt2.set_up(fine)
+    # Fine-tuning GPT-2 takes less than 6 hours there, the medium one more: the model's own size decides.
+    finetune = dataclasses.replace(PRESETS["finetune"], out_dir=tmp_path / "log", data_dir=tmp_path / "data")
+    for shape, told in (((12, 12, 768), "got there"), ((24, 16, 1024), "--device auto: .* hours")):
+        model = SimpleNamespace(config=GPTConfig(1024, 50257, *shape))
+        monkeypatch.setattr(train_gpt2, "build_model", lambda s, device, model=model: model)
+        with pytest.raises(UserError, match=told):
+            train_gpt2.set_up(finetune)
 
 
 def test_eight_processes_on_two_cores_are_as_fast_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
