@@ -224,10 +224,10 @@ def run_steps(run: Run) -> int:
             step += 1
             progress.begin()
             lr = optim.set_learning_rates(run.optimizers, step, s)
-            overdue = rt.is_main and run.writer.is_overdue(s.checkpoint_minutes)
-            progress.add(step, lr, update(run, batches, overdue))  # nothing waits for the device
-            last = step == s.max_steps
-            to_save = last or is_due(step, s.checkpoint_interval, s.keep_best * s.val_interval)
+            late = rt.is_main and run.writer.is_overdue(s.checkpoint_minutes)
+            progress.add(step, lr, update(run, batches, late))  # nothing waits for the device
+            last = step == run.last_step
+            to_save = last or is_due(step, s.checkpoint_interval, s.val_interval if s.keep_best else 0)
             pause = to_save or is_due(step, s.val_interval, s.hellaswag_interval, s.sample_interval)
             stopped, overdue = progress.report(catch_up=pause)  # of any process, read with the step's numbers
             if stopped:
@@ -325,7 +325,8 @@ def evaluate(run: Run, step: int) -> int:
                 run.metrics.log(step, "hellaswag", acc=score.acc, acc_norm=score.acc_norm, n=score.n)
         if step and is_due(step, s.sample_interval) and not last:
             work = functools.partial(sampling.draw_samples, run.model, s.seed)
-            for text in (run.attempt(step, "samples", work, here=rt.is_main) or [])[::3]:
+            samples = run.attempt(step, "samples", work, here=rt.is_main) or []
+            for text in samples[:: sampling.SAMPLES_PER_PROMPT]:
                 run.say(step, f"sample: {text!r}")
                 run.metrics.log(step, "event", name="sample", text=text)
     return run.attempt.stopped_by

@@ -20,8 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import GPT, GPTConfig, Linear
+from model import GPT, GPTConfig
 from support import cli, run_folder
+from support.linear import Linear
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from support import hardware, metrics, run_folder
 from support.runtime import Runtime
+from support.sampling import SAMPLES_PER_PROMPT
 
 
 class Settings(Protocol):
@@ -61,7 +62,7 @@ def at_end(
     """Print the results of a run and where they are; samples, figure: None if they failed."""
     if samples is not None:
         print(f"\nsamples ({folder / run_folder.SAMPLES}):")
-        for text in samples[::3]:
+        for text in samples[::SAMPLES_PER_PROMPT]:
             print(f"  {text!r}")
     if val_losses := [r["loss"] for r in records if r["kind"] == "val" and r["loss"] is not None]:
         print(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from support import hardware, tokenizer
 
 SAMPLE_PROMPTS = ("Hello, I'm a language model,", "Hello, I'm a computer science student,")
+SAMPLES_PER_PROMPT = 3
 
 
 class KVCache:
@@ -148,9 +149,9 @@ def stream(
 
 
 def draw_samples(model: nn.Module, seed: int) -> list[str]:
-    """What a run shows of its model: three continuations of each prompt, 64 tokens by top-50 sampling."""
+    """What a run shows of its model: continuations of each prompt in turn, 64 tokens by top-50 sampling."""
     enc = tokenizer.get_encoding()
-    prompts = [enc.encode_ordinary(prompt) for prompt in SAMPLE_PROMPTS for _ in range(3)]
+    prompts = [enc.encode_ordinary(prompt) for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
     generator = torch.Generator().manual_seed(seed)
     end = tokenizer.END_OF_TEXT_ID
     rows = model.generate(prompts, 64, temperature=0.8, top_k=50, generator=generator, eos_token_id=end)
