@@ -175,7 +175,8 @@ REFERENCE = Settings()
 TUNED = dataclasses.replace(REFERENCE, learning_rate=1.8e-3, warmup_steps=285)
 # Half of the reference's tokens. On small models of this architecture Muon needs about that for the
 # reference's loss (BENCHMARKS.md, "Recipes"). At 124M it is an estimate: published pairs, 0.58 to 0.66 of
-# tuned AdamW's steps, have rotary positions and FineWeb. The long cooldown is from our small models.
+# tuned AdamW's steps, have rotary positions and FineWeb. Both rates and no warm-up are those of the earlier
+# of these Muon runs; the long cooldown is from our small models.
 MUON = dataclasses.replace(
     REFERENCE,
     optimizer="muon",

@@ -46,7 +46,7 @@ class Settings:
     data_dir: Path = Path("data/builtin")
     """Folder of token shards."""
     rungs: list[str] = field(default_factory=lambda: ["2x64"])
-    """Shapes to train, LAYERSxWIDTH with heads of 64: 2x64, 4x64, 2x128, 4x192, 6x256, 12x768."""
+    """Shapes to train, LAYERSxWIDTH with heads of 64: 2x64, 4x64, 2x128, 2x192, 4x192, 6x256, 12x768."""
     recipes: list[str] = field(default_factory=lambda: ["adamw", "muon"])
     """Recipes to train beside the reference."""
     lengths: list[float] = field(default_factory=lambda: [5.0, 10.0])
