@@ -162,14 +162,14 @@ def names(results: list[Result]) -> list[str]:
     return sorted({r["recipe"] for r in results})
 
 
-def tuned_adamw(results: list[Result], rung: str) -> str:
+def tuned_adamw(results: list[Result], rung: str) -> str | None:
     """The best AdamW of a rung, of all that were tried there, by what its rate is chosen by too."""
     losses = {}
     for name in names(results):
         runs = best_runs(results, rung, name).get(1) if name.startswith("adamw") else None
         if runs:
             losses[name] = runs[min(runs)]["loss"]
-    return min(losses, key=losses.get, default=REFERENCE)
+    return min(losses, key=losses.get, default=None)
 
 
 def text(results: list[Result]) -> str:
@@ -184,11 +184,11 @@ def text(results: list[Result]) -> str:
     for rung in RUNGS:
         tuned = tuned_adamw(results, rung)
         for name in dict.fromkeys((REFERENCE, tuned, "muon")):
-            if not (r := compare(results, rung, name)):
+            if not (name and (r := compare(results, rung, name))):
                 continue
             cells = [rung, name, f"{r['rate']:.2g}", f"{r['length']:g}", r["seeds"], f"{r['loss']:.4f}"]
             for other in (REFERENCE, tuned):
-                row = compare(results, rung, name, other) if name != other else None
+                row = compare(results, rung, name, other) if other and name != other else None
                 cells.append(with_range(row["ratio"], row["ratio_low"], row["ratio_high"]) if row else "")
             cells.append("" if math.isnan(r["step_time"]) else f"{r['step_time']:.2f}")
             lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -214,7 +214,7 @@ def text(results: list[Result]) -> str:
 
 def pairs(results: list[Result]) -> dict[str, list[Result]]:
     """What the figure compares: recipe to recipe, each on every rung where there is a ratio."""
-    tuned = {rung: tuned_adamw(results, rung) for rung in RUNGS}
+    tuned = {rung: name for rung in RUNGS if (name := tuned_adamw(results, rung))}
     reference, muon = dict.fromkeys(RUNGS, REFERENCE), dict.fromkeys(RUNGS, "muon")
     found = {}
     for label, recipe, other in (
@@ -222,7 +222,8 @@ def pairs(results: list[Result]) -> dict[str, list[Result]]:
         ("Muon, to the reference's loss", muon, reference),
         ("Muon, to tuned AdamW's loss", muon, tuned),
     ):
-        rows = [row for rung in RUNGS if (row := compare(results, rung, recipe[rung], other[rung]))]
+        rungs = [rung for rung in RUNGS if rung in recipe and rung in other]
+        rows = [row for rung in rungs if (row := compare(results, rung, recipe[rung], other[rung]))]
         found[label] = [row for row in rows if not math.isnan(row["ratio"])]
     return found
 
