@@ -159,7 +159,7 @@ class GPT(nn.Module):
             )
         self.config = config
         # Built without memory first: the layers would draw default weights, which advances the generator by
-        # an amount that depends on the padding. nn.Embedding's own would also import torch.compile here.
+        # an amount that depends on the padding. nn.Embedding's own draw would also import torch.compile.
         embedding = lambda *shape: nn.Embedding.from_pretrained(torch.empty(shape), freeze=False)  # noqa: E731
         with torch.device("meta"):
             self.transformer = nn.ModuleDict(
@@ -245,8 +245,8 @@ class GPT(nn.Module):
         states = self.hidden(idx)
         if targets is None:
             return self.head(states), None
-        # F.cross_entropy(self.head(states), targets), but never with all logits in memory. On a CPU it takes
-        # the vocabulary in blocks; the compiler fuses the passes over a row by itself, and would unroll them.
+        # F.cross_entropy(self.head(states), targets) in pieces: of the vocabulary on CPUs, else of the batch.
+        # The compiler would unroll those of the vocabulary, and fuses the passes over a row by itself.
         in_blocks = states.device.type == "cpu" and not torch.compiler.is_compiling()
         cross_entropy = BlockCrossEntropy if in_blocks else RowCrossEntropy
         loss = cross_entropy.apply(

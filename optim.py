@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
     Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", with the scale of
     Liu et al. 2025, "Muon is Scalable for LLM Training" (0.2·sqrt(larger side), AdamW's usual step size), so
     that learning rate and weight decay are those of AdamW. For each matrix W, and for Q, K and V apart, with
-    its gradient G, momentum M, and O = the orthogonal matrix that is nearest:
+    its gradient G, momentum M, and O(X) the orthogonal matrix nearest to X:
 
         M = mu·M + (1 - mu)·G
         W = W - lr·weight_decay·W - lr·0.2·sqrt(larger side)·O(mu·M + (1 - mu)·G)

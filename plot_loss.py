@@ -123,7 +123,7 @@ def _draw_losses(axis: object, values: dict, name: str, color: str, window: int)
 
 
 def _loss_limits(series: Iterable[dict], window: int) -> tuple[float | None, float | None]:
-    """Limits of the loss axis that leave out the first 5 % of each run: they would flatten the rest."""
+    """Limits of the loss axis without the first 5 % of each run and the noise of single training steps."""
     shown = []
     for values in series:
         for kind in ("train", "val"):

@@ -95,11 +95,17 @@ def set_up(s: Settings) -> Run:
     """Everything a run needs, from settings to a resumed state. Raises UserError on a user's mistake."""
     check_settings(s, runtime.world_size())
     rt, clock = runtime.start(s.device, s.dtype), Clock()
+    tokens = s.max_steps * s.total_batch_size
+    if s.init_from == "scratch":  # before anything is fetched; other models first say how large they are
+        shape = GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
+        flops = tokens * shape.flops_per_token(s.sequence_length)
+        hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
     hub_state = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
     model = build_model(s, rt.device)
     s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # to be recorded
-    flops = s.max_steps * s.total_batch_size * model.config.flops_per_token(s.sequence_length)
-    hardware.refuse_long_runs_on_cpu(s.device, flops, rt)  # before it fetches gigabytes of data
+    if s.init_from != "scratch":
+        flops = tokens * model.config.flops_per_token(s.sequence_length)
+        hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
     with clock("data"):
         rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
         data = shards.find_shards(s.data_dir, s.num_shards)
@@ -214,7 +220,7 @@ def run_steps(run: Run) -> int:
         run.train_stream, run.steps_done, s.total_batch_size // s.sequence_length, run.micro_batch_size,
         rt.rank, rt.world_size, rt.device,
     )  # fmt: skip
-    step = saved = run.steps_done
+    step = run.steps_done
     stopped = evaluate(run, step)  # at a resume only what the record of this step lacks
     flops_per_token = run.model.config.flops_per_token(s.sequence_length)
     peak_flops = hardware.peak_flops(rt.device, rt.dtype)
@@ -235,18 +241,14 @@ def run_steps(run: Run) -> int:
             healthy = progress.bad_steps == 0  # weights that no longer give a finite loss are not kept
             if last or (healthy and (to_save or overdue)):
                 save(run, step, wait=last)
-                saved = step
             if pause:
                 stopped = evaluate(run, step)
     if step < s.max_steps and not stopped:  # --patience has run out
         save(run, step, wait=True)
-        saved = step
         stopped = evaluate(run, step)  # what only the last step has
     if stopped:
-        if step > saved:
+        if step > run.steps_done and rt.on_any(rt.is_main and not run.writer.has_written(step)):
             save(run, step, wait=True)
-        elif rt.is_main and (failure := run.writer.wait()):
-            raise failure
         how = run_folder.how_to_continue(s.out_dir, s.overwrite, rt.world_size)
         rt.say(f"stopped by {signal.Signals(stopped).name} after step {step}: {how}")
         return 128 + stopped

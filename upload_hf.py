@@ -229,7 +229,7 @@ def upload(s: Settings) -> None:
     if s.dry_run:
         print(f"\n{card}")
         if not s.private:
-            print("note: if the model is new on the Hub, everyone can see it: --private prevents that")
+            print("note: if the model is new on the Hub, everyone may see it: --private prevents that")
         return
     if not get_token():
         raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")

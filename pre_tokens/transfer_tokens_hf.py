@@ -62,7 +62,7 @@ def main() -> None:
     )
     if s.dry_run:
         if not s.private:
-            print("note: if the data set is new on the Hub, everyone can see it: --private prevents that")
+            print("note: if the data set is new on the Hub, everyone may see it: --private prevents that")
         return
     if not get_token():
         raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")

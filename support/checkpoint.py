@@ -87,6 +87,7 @@ class Writer:
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
+        self.written = -1  # the step of the newest that is on the disk
         self.started = time.monotonic()
 
     def start(
@@ -107,11 +108,18 @@ class Writer:
         self, out_dir: Path, step: int, state: Snapshot, keep: int, message: str, spared: Collection[Path]
     ) -> None:
         save(out_dir, step, state, keep, spared)
+        self.written = step
         print(message)
 
     def is_overdue(self, minutes: float) -> bool:
         """Whether this many minutes (0: never) have passed since the last checkpoint, or the start."""
         return 0 < minutes < (time.monotonic() - self.started) / 60
+
+    def has_written(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is on the disk; waits for one that is being written."""
+        if self.writing:
+            self.writing.exception()
+        return self.written == step
 
     def wait(self) -> UserError | None:
         """Wait for the checkpoint that is being written, if any; returns why it could not be written."""

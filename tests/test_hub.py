@@ -305,7 +305,7 @@ def test_a_dry_run_needs_no_network(tmp_path: Path, hub: LoopbackHub, folder: Pa
         done = script(hub, tmp_path, TRANSFER, *flags, **env)
         assert (done.returncode, done.stderr) == (0, "")
         assert "cannot be reached" in done.stdout
-        assert "5 of 5 shards to send" in done.stdout and "everyone can see it" in done.stdout
+        assert "5 of 5 shards to send" in done.stdout and "everyone may see it" in done.stdout
 
 
 @pytest.mark.parametrize("status", [409, 412, 429, 503])

@@ -235,6 +235,56 @@ def test_a_signal_cuts_an_evaluation_off(
     assert not (run / UNDER_WAY).exists()
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let SIGTERM come as the validation with this number, from 0, begins."""
+    validate, calls = train_gpt2.validate, itertools.count()
+
+    def signalled(run: train_gpt2.Run) -> torch.Tensor:
+        if next(calls) == number:
+            run.rt.stop.number = signal.SIGTERM
+        return validate(run)
+
+    monkeypatch.setattr(train_gpt2, "validate", signalled)
+
+
+def test_a_checkpoint_that_failed_is_written_again_before_a_stop(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one of step 2, on its way in the background when a signal cuts the step's validation off."""
+    stop_at(monkeypatch, 1)
+    write, calls = checkpoint._write, itertools.count()
+
+    def fail_at_first(folder: Path, state: checkpoint.Snapshot) -> None:
+        if next(calls) == 0:
+            raise UserError("no space")
+        write(folder, state)
+
+    monkeypatch.setattr(checkpoint, "_write", fail_at_first)
+    run = train(checkpoint_interval=2)
+    assert steps_kept(run) == [2]
+    assert [event["reason"] for event in events(run, "checkpoint failed")] == ["no space"]
+
+
+def test_a_validation_that_is_cut_off_is_no_end_of_patience(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed with less patience than the record has bad validations, and stopped again at once."""
+
+    def constant(run: train_gpt2.Run) -> torch.Tensor:
+        run.rt.stop.check()
+        return torch.tensor(5.0, dtype=torch.float64)
+
+    monkeypatch.setattr(train_gpt2, "validate", constant)
+    stop_at(monkeypatch, 3)
+    run = train(val_interval=1, patience=9)
+    assert steps_kept(run)[-1] == 3
+    stop_at(monkeypatch, 0)
+    train(val_interval=1, patience=1, resume=True)
+    assert not events(run, "patience ran out")
+    train(val_interval=1, patience=1, resume=True)
+    assert [event["step"] for event in events(run, "patience ran out")][:1] == [3]
+
+
 @pytest.mark.parametrize("interval", [1, 100])
 def test_an_evaluation_that_kills_does_not_trap_a_restart_loop(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interval: int

@@ -171,7 +171,7 @@ def test_a_dry_run_sends_nothing(train: Train, hub: LoopbackHub, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert f"missing: {run / 'summary.json'}" in done.stdout
     assert "model.safetensors  <- " in done.stdout
-    assert "# tiny" in done.stdout and "everyone can see it" in done.stdout
+    assert "# tiny" in done.stdout and "everyone may see it" in done.stdout
     assert not hub.requests
 
 
