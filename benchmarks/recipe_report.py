@@ -229,7 +229,12 @@ def pairs(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def extrapolated(rows: list[Result], size: float) -> tuple[float, float, float] | None:
-    """The ratio at `size` and its 95 % range, by a power law through every seed on three rungs or more."""
+    """The ratio at `size` and its 95 % range, by a power law through every seed on three rungs or more.
+
+    Only rungs with the longest runs count: shorter ones favour what is fast at first.
+    """
+    longest = max((row["length"] for row in rows), default=0.0)
+    rows = [row for row in rows if row["length"] == longest]
     if len(rows) < 3:
         return None
     points = [(math.log(block_parameters(row)), y) for row in rows for y in row["log_ratios"]]
@@ -266,6 +271,10 @@ def draw(results: list[Result], out: Path) -> None:
         if rows:
             sizes = [block_parameters(row) * 1.06 ** (k - 1) for row in rows]  # beside each other
             axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=label)
+            for row, at in zip(rows, sizes, strict=True):
+                if row["length"] < max(r["length"] for r in rows):
+                    text = f"{row['length']:g} tokens per parameter"
+                    axes.annotate(text, (at, row["ratio"]), (8, -4), textcoords="offset points", fontsize=8)
     size = RUNGS["12x768"].block_parameters
     label = "the same in published runs, with rotary positions"
     axes.errorbar([size] * len(PUBLISHED), PUBLISHED, fmt="o", color="C2", fillstyle="none", label=label)

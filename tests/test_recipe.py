@@ -199,9 +199,11 @@ def test_a_line_is_continued_with_its_error() -> None:
         middle, half = recipe_report.line_at(at, x, y)
         held += abs(middle - (0.5 - 0.2 * at)) < half
     assert held / 2000 == pytest.approx(0.95, abs=0.02)
-    rows = [{"rung": rung, "log_ratios": [math.log(0.5)] * 2} for rung in ("2x64", "2x128")]
+    same = {"log_ratios": [math.log(0.5)] * 2, "length": 20.0}
+    rows = [{"rung": rung, **same} for rung in ("2x64", "2x128")]
+    rows.append({"rung": "6x256", "log_ratios": [math.log(0.1)] * 2, "length": 10.0})  # too short to count
     assert recipe_report.extrapolated(rows, 1e8) is None
-    rows.append({"rung": "4x192", "log_ratios": [math.log(0.5)] * 2})
+    rows.append({"rung": "4x192", **same})
     assert recipe_report.extrapolated(rows, 1e8) == pytest.approx((0.5, 0.5, 0.5))
 
 
