@@ -95,17 +95,13 @@ def set_up(s: Settings) -> Run:
     """Everything a run needs, from settings to a resumed state. Raises UserError on a user's mistake."""
     check_settings(s, runtime.world_size())
     rt, clock = runtime.start(s.device, s.dtype), Clock()
-    tokens = s.max_steps * s.total_batch_size
     if s.init_from == "scratch":  # before anything is fetched; other models first say how large they are
-        shape = GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
-        flops = tokens * shape.flops_per_token(s.sequence_length)
-        hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
+        refuse_long_run(s, scratch_config(s), rt)
     hub_state = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
     model = build_model(s, rt.device)
     s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # to be recorded
     if s.init_from != "scratch":
-        flops = tokens * model.config.flops_per_token(s.sequence_length)
-        hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
+        refuse_long_run(s, model.config, rt)
     with clock("data"):
         rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
         data = shards.find_shards(s.data_dir, s.num_shards)
@@ -158,6 +154,18 @@ def set_up(s: Settings) -> Run:
     return run
 
 
+def scratch_config(s: Settings, padded: int = 0) -> GPTConfig:
+    """The model that the flags describe. padded: rows of the embedding, see GPTConfig."""
+    sizes = (s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
+    return GPTConfig(*sizes, padded, s.dropout)
+
+
+def refuse_long_run(s: Settings, config: GPTConfig, rt: Runtime) -> None:
+    """Raise UserError if the whole run would take more than 6 hours on a CPU that --device auto chose."""
+    flops = s.max_steps * s.total_batch_size * config.flops_per_token(s.sequence_length)
+    hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
+
+
 def prepare_data(s: Settings) -> None:
     """Fetch or build missing shards; ensure that --data-dir holds every shard that its manifest lists."""
     if s.dataset_repo == "builtin" and s.data_dir == PRESETS["demo"].data_dir:
@@ -173,8 +181,7 @@ def build_model(s: Settings, device: torch.device) -> GPT:
     padded = -(-tokenizer.VOCAB_SIZE // 128) * 128 if device.type == "cuda" else 0
     if s.init_from == "scratch":
         torch.manual_seed(s.seed)
-        sizes = (s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
-        model = GPT(GPTConfig(*sizes, padded, s.dropout))
+        model = GPT(scratch_config(s, padded))
     else:
         # Of a run that is resumed a checkpoint, to be restored later: --init-from may be gone by then.
         begun = checkpoint.latest_intact(s.out_dir)[0] if s.resume else None

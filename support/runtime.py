@@ -114,7 +114,7 @@ class Runtime:
     local_rank: int = 0  # rank on this machine
     world_size: int = 1
     agent: int = 0  # process id of the torchrun that started this process; 0: none did
-    stop: StopSignal = field(default_factory=StopSignal, compare=False)
+    stop: StopSignal = field(default_factory=StopSignal, compare=False)  # listens while training
 
     @property
     def is_main(self) -> bool:

@@ -163,7 +163,7 @@ def test_the_card_names_the_data_and_claims_no_more(
     assert 'license: "mit"' in told and 'language: "fr"' in told
 
 
-def test_a_dry_run_sends_nothing(train: Train, hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_dry_run_sends_nothing(train: Train, hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a token or a login, too; what is missing is named."""
     run = train()
     (run / "summary.json").unlink()
@@ -172,6 +172,8 @@ def test_a_dry_run_sends_nothing(train: Train, hub: LoopbackHub, tmp_path: Path)
     assert f"missing: {run / 'summary.json'}" in done.stdout
     assert "model.safetensors  <- " in done.stdout
     assert "# tiny" in done.stdout and "everyone may see it" in done.stdout
+    upload_hf.upload(Settings(run, "ann/tiny", private=True, dry_run=True))
+    assert "everyone may see it" not in capsys.readouterr().out
     assert not hub.requests
 
 
