@@ -34,6 +34,7 @@ class Rung:
 
 RUNGS = {
     "2x64": Rung(2, 64, 1024),
+    "2x64-v512": Rung(2, 64, 4096, 256, 512),
     "4x64": Rung(4, 64, 1024),
     "2x128": Rung(2, 128, 2048),
     "2x192": Rung(2, 192, 4096),
@@ -55,6 +56,7 @@ class Recipe:
     cooldown_fraction: float = 0.3
     weight_decay: float = 0.1
     embedding_lr_ratio: float = 1.0
+    ingredients: str = ""  # of benchmarks/trial.py
 
     @classmethod
     def of_preset(cls, name: str) -> "Recipe":
@@ -66,6 +68,7 @@ class Recipe:
     def flags(self, steps: int) -> dict[str, object]:
         values = dataclasses.asdict(self)
         values["warmup_steps"] = round(values.pop("warmup") * steps)
+        del values["ingredients"]
         return values
 
 
@@ -85,6 +88,8 @@ VARIANTS = {
         "embedding-2": {"embedding_lr_ratio": 2.0},
         "embedding-4": {"embedding_lr_ratio": 4.0},
         "embedding-8": {"embedding_lr_ratio": 8.0},
+        "embedding-4-beta2-99": {"embedding_lr_ratio": 4.0, "ingredients": "beta2-0.99"},
+        "embedding-2-beta2-99": {"embedding_lr_ratio": 2.0, "ingredients": "beta2-0.99"},
     },
     "muon": {
         "cooldown-30": {"cooldown_fraction": 0.3},
@@ -94,6 +99,17 @@ VARIANTS = {
         "decay": {"weight_decay": 0.4},
         "embedding-1": {"embedding_lr_ratio": 1.0},
         "embedding-4": {"embedding_lr_ratio": 4.0},
+        "soap": {"ingredients": "soap-10"},
+        "power": {"ingredients": "power-1.2"},
+        "beta2-99": {"ingredients": "beta2-0.99"},
+        "beta2-997": {"ingredients": "beta2-0.997"},
+        "vectors-beta2-99": {"ingredients": "beta2v-0.99"},
+        "embedding-beta2-99": {"ingredients": "beta2e-0.99"},
+        "soap-beta2-99": {"ingredients": "soap-10,beta2-0.99"},
+        "vectors-4": {"ingredients": "vectors-4"},
+        "vectors-025": {"ingredients": "vectors-0.25"},
+        "positions-4": {"ingredients": "positions-4"},
+        "positions-025": {"ingredients": "positions-0.25"},
     },
 }
 for base, variants in VARIANTS.items():
