@@ -194,7 +194,9 @@ def measure(s: Settings) -> dict[str, object]:
     if on_cuda and not s.micro_batch_size:
         B = hardware.largest_micro_batch(model, T, 64, s.loss_chunks, name, rt)
     loss_chunks = s.loss_chunks or loss.default_chunks(B * T, rt.device)
-    optimizers = optim.build_optimizers(model, name, p.learning_rate, p.embedding_lr_ratio, p.weight_decay)
+    optimizers = optim.build_optimizers(
+        model, name, p.learning_rate, p.embedding_lr_ratio, p.weight_decay, p.adam_beta2
+    )
     watch = Stopwatch(rt.device)
     optimizers[0].register_step_pre_hook(lambda *_: watch.mark("backward"))
     batches = timed(micro_batches(s, B, T, rt.device), watch)

@@ -21,12 +21,14 @@ def build_optimizers(
     learning_rate: float,
     embedding_lr_ratio: float,
     weight_decay: float,
+    adam_beta2: float = 0.95,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that share the model's parameters; each group has its peak learning rate as "peak_lr".
 
     Embeddings and the blocks' matrices decay; biases and LayerNorm's gains do not (as in GPT-3).
     adamw: AdamW for all. muon: Muon for the blocks' matrices, AdamW for the rest.
     Embeddings, including the tied head, use `embedding_lr_ratio` times the learning rate.
+    AdamW's betas are 0.9 and `adam_beta2`, 0.95 in GPT-3 (Brown et al. 2020).
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     embeddings = [p for n, p in named if n.endswith(("wte.weight", "wpe.weight"))]
@@ -44,8 +46,8 @@ def build_optimizers(
     else:
         group = {"params": [p for _, p in matrices], "peak_lr": learning_rate, "weight_decay": weight_decay}
         adamw_groups.append(group)
-    # Betas 0.9/0.95 as in GPT-3, in one fused kernel (Loshchilov & Hutter 2019).
-    adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    # One fused kernel (Loshchilov & Hutter 2019).
+    adamw = torch.optim.AdamW(adamw_groups, learning_rate, betas=(0.9, adam_beta2), eps=1e-8, fused=True)
     return [*optimizers, adamw]
 
 

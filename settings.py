@@ -83,6 +83,8 @@ class OptimizerSettings:
     """Peak learning rate."""
     embedding_lr_ratio: float = 1.0
     """Learning rate of the embeddings, as a multiple of --learning-rate."""
+    adam_beta2: float = 0.95
+    """AdamW's decay rate of the mean squared gradient."""
     min_lr_ratio: float = 0.1
     """Final learning rate, as a fraction of the peak."""
     warmup_steps: int = 715
@@ -176,13 +178,14 @@ TUNED = dataclasses.replace(REFERENCE, learning_rate=1.8e-3, warmup_steps=285)
 # Half of the reference's tokens. On small models of this architecture Muon needs about that for the
 # reference's loss (BENCHMARKS.md, "Recipes"). At 124M it is an estimate: published pairs, 0.58 to 0.66 of
 # tuned AdamW's steps, have rotary positions and FineWeb. Both rates and no warm-up are those of the earlier
-# of these Muon runs; the long cooldown is from our small models.
+# of these Muon runs; the long cooldown and beta2 are from our small models.
 MUON = dataclasses.replace(
     REFERENCE,
     optimizer="muon",
     max_steps=9536,
     learning_rate=1.8e-3,
     embedding_lr_ratio=2.0,
+    adam_beta2=0.99,
     warmup_steps=0,
     schedule="wsd",
     cooldown_fraction=0.7,
@@ -245,6 +248,7 @@ PRESETS = {
         optimizer="muon",
         learning_rate=6e-3,
         embedding_lr_ratio=2.0,
+        adam_beta2=0.99,
         warmup_steps=20,
         schedule="linear",
         min_lr_ratio=0.0,
@@ -324,8 +328,9 @@ def check_settings(s: Settings, world_size: int) -> None:
             raise UserError(f"{flag(name, getattr(s, name))}: a fraction, at most 1")
     if s.seed >= 2**63:
         raise UserError(f"{flag('seed', s.seed)}: must be below 2**63")
-    if s.dropout >= 1:
-        raise UserError(f"{flag('dropout', s.dropout)}: must be below 1")
+    for name in ("dropout", "adam_beta2"):
+        if getattr(s, name) >= 1:
+            raise UserError(f"{flag(name, getattr(s, name))}: must be below 1")
     trackers.names(s.track)
     if s.resume and s.overwrite:
         raise UserError("--resume --overwrite: one keeps the run, the other deletes it: drop one of them")

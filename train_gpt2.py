@@ -118,7 +118,7 @@ def set_up(s: Settings) -> Run:
         model, s.sequence_length, sequences, s.loss_chunks, s.optimizer, rt
     )
     optimizers = optim.build_optimizers(
-        model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay
+        model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay, s.adam_beta2
     )
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
 

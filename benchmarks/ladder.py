@@ -34,7 +34,6 @@ class Rung:
 
 RUNGS = {
     "2x64": Rung(2, 64, 1024),
-    "2x64-v512": Rung(2, 64, 4096, 256, 512),
     "4x64": Rung(4, 64, 1024),
     "2x128": Rung(2, 128, 2048),
     "2x192": Rung(2, 192, 4096),
@@ -56,7 +55,7 @@ class Recipe:
     cooldown_fraction: float = 0.3
     weight_decay: float = 0.1
     embedding_lr_ratio: float = 1.0
-    ingredients: str = ""  # of benchmarks/trial.py
+    adam_beta2: float = 0.95
 
     @classmethod
     def of_preset(cls, name: str) -> "Recipe":
@@ -68,7 +67,6 @@ class Recipe:
     def flags(self, steps: int) -> dict[str, object]:
         values = dataclasses.asdict(self)
         values["warmup_steps"] = round(values.pop("warmup") * steps)
-        del values["ingredients"]
         return values
 
 
@@ -78,7 +76,7 @@ RECIPES = {
     "adamw": Recipe(4.8e-3, schedule="linear", warmup=0.1),
     "muon": Recipe.of_preset("gpt2-124m-muon"),
 }
-# Recipes that differ from those in one thing.
+# Recipes that differ in one thing from the recipe with which their name begins.
 VARIANTS = {
     "adamw": {
         "warmup-2": {"warmup": 0.02},
@@ -88,10 +86,14 @@ VARIANTS = {
         "embedding-2": {"embedding_lr_ratio": 2.0},
         "embedding-4": {"embedding_lr_ratio": 4.0},
         "embedding-8": {"embedding_lr_ratio": 8.0},
-        "embedding-4-beta2-99": {"embedding_lr_ratio": 4.0, "ingredients": "beta2-0.99"},
-        "embedding-2-beta2-99": {"embedding_lr_ratio": 2.0, "ingredients": "beta2-0.99"},
     },
+    "adamw-embedding-2": {"beta2-99": {"adam_beta2": 0.99}},
+    "adamw-embedding-4": {"beta2-99": {"adam_beta2": 0.99}},
     "muon": {
+        "beta2-95": {"adam_beta2": 0.95},
+        "beta2-997": {"adam_beta2": 0.997},
+    },
+    "muon-beta2-95": {
         "cooldown-30": {"cooldown_fraction": 0.3},
         "linear": {"schedule": "linear"},
         "warmup-10": {"warmup": 0.1},
@@ -99,17 +101,6 @@ VARIANTS = {
         "decay": {"weight_decay": 0.4},
         "embedding-1": {"embedding_lr_ratio": 1.0},
         "embedding-4": {"embedding_lr_ratio": 4.0},
-        "soap": {"ingredients": "soap-10"},
-        "power": {"ingredients": "power-1.2"},
-        "beta2-99": {"ingredients": "beta2-0.99"},
-        "beta2-997": {"ingredients": "beta2-0.997"},
-        "vectors-beta2-99": {"ingredients": "beta2v-0.99"},
-        "embedding-beta2-99": {"ingredients": "beta2e-0.99"},
-        "soap-beta2-99": {"ingredients": "soap-10,beta2-0.99"},
-        "vectors-4": {"ingredients": "vectors-4"},
-        "vectors-025": {"ingredients": "vectors-0.25"},
-        "positions-4": {"ingredients": "positions-4"},
-        "positions-025": {"ingredients": "positions-0.25"},
     },
 }
 for base, variants in VARIANTS.items():
@@ -118,6 +109,9 @@ for base, variants in VARIANTS.items():
 
 
 def base_of(recipe: str) -> str | None:
-    """The recipe that a variant, named "base-…", differs from."""
-    base, hyphen, _ = recipe.partition("-")
-    return base if hyphen else None
+    """The recipe that a variant differs from: the longest whose name, with a hyphen, begins the variant's."""
+    while "-" in recipe:
+        recipe = recipe.rpartition("-")[0]
+        if recipe in RECIPES:
+            return recipe
+    return None

@@ -119,8 +119,8 @@ class Ladder:
             "keep_checkpoints": 1,
             "max_bad_steps": shape.steps(length),  # too large a rate is a result, not an error
         }
-        script = str(ROOT / "benchmarks" / "trial.py")
-        command = [sys.executable, script, str(shape.vocab_size), RECIPES[recipe].ingredients, "--resume"]
+        script = str(ROOT / "benchmarks" / "train_small_vocabulary.py")
+        command = [sys.executable, script, str(shape.vocab_size), "--resume"]
         for name, value in {**key["flags"], **flags_of_place}.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         threads = max(1, (os.cpu_count() or 1) // s.jobs)

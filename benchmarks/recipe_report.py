@@ -13,6 +13,7 @@ Runs = dict[int, dict[float, Result]]  # of one recipe on one rung, by seed and 
 # Muon's steps to tuned AdamW's loss, as a fraction of its own, at 124M with rotary positions on FineWeb: in
 # modded-nanogpt's early records, on its track 3, and there beside the AdamW of pull request 353.
 PUBLISHED = (6200 / 9536, 3250 / 5625, 3250 / 4950)
+EARLIER = "muon-beta2-95"  # the preset before it had AdamW's beta2 at 0.99, which suits small batches
 
 
 # ---------------------------------------------------------------- statistics
@@ -183,7 +184,7 @@ def text(results: list[Result]) -> str:
     ]
     for rung in RUNGS:
         tuned = tuned_adamw(results, rung)
-        for name in dict.fromkeys((REFERENCE, tuned, "muon")):
+        for name in dict.fromkeys((REFERENCE, tuned, EARLIER, "muon")):
             if not (name and (r := compare(results, rung, name))):
                 continue
             cells = [rung, name, f"{r['rate']:.2g}", f"{r['length']:g}", r["seeds"], f"{r['loss']:.4f}"]
@@ -215,10 +216,11 @@ def text(results: list[Result]) -> str:
 def pairs(results: list[Result]) -> dict[str, list[Result]]:
     """What the figure compares: recipe to recipe, each on every rung where there is a ratio."""
     tuned = {rung: name for rung in RUNGS if (name := tuned_adamw(results, rung))}
-    reference, muon = dict.fromkeys(RUNGS, REFERENCE), dict.fromkeys(RUNGS, "muon")
+    reference, muon, earlier = (dict.fromkeys(RUNGS, name) for name in (REFERENCE, "muon", EARLIER))
     found = {}
     for label, recipe, other in (
         ("tuned AdamW, to the reference's loss", tuned, reference),
+        ("Muon with AdamW's beta2 at 0.95, to the reference's loss", earlier, reference),
         ("Muon, to the reference's loss", muon, reference),
         ("Muon, to tuned AdamW's loss", muon, tuned),
     ):
@@ -270,14 +272,15 @@ def draw(results: list[Result], out: Path) -> None:
         bars = [ratios - [row["ratio_low"] for row in rows], [row["ratio_high"] for row in rows] - ratios]
         if rows:
             sizes = [block_parameters(row) * 1.06 ** (k - 1) for row in rows]  # beside each other
-            axes.errorbar(sizes, ratios, np.nan_to_num(bars), marker="o", capsize=3, label=label)
+            style = {"color": f"C{k}", "marker": "o", "capsize": 3}
+            axes.errorbar(sizes, ratios, np.nan_to_num(bars), **style, label=label)
             for row, at in zip(rows, sizes, strict=True):
                 if row["length"] < max(r["length"] for r in rows):
                     text = f"{row['length']:g} tokens per parameter"
                     axes.annotate(text, (at, row["ratio"]), (8, -4), textcoords="offset points", fontsize=8)
     size = RUNGS["12x768"].block_parameters
     label = "the same in published runs, with rotary positions"
-    axes.errorbar([size] * len(PUBLISHED), PUBLISHED, fmt="o", color="C2", fillstyle="none", label=label)
+    axes.errorbar([size] * len(PUBLISHED), PUBLISHED, fmt="o", color="C3", fillstyle="none", label=label)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("parameters in the blocks' matrices")

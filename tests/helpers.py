@@ -28,6 +28,7 @@ TINY = {
     "optimizer": "adamw",
     "learning_rate": 1e-2,
     "embedding_lr_ratio": 1.0,
+    "adam_beta2": 0.95,
     "schedule": "cosine",
     "min_lr_ratio": 0.1,
     "val_interval": 2,

@@ -49,7 +49,7 @@ def test_the_reference_recipe_is_build_nanogpts() -> None:
     assert (s.total_batch_size, s.max_steps, s.weight_decay, s.grad_clip) == (524_288, 19_073, 0.1, 1.0)
     assert (s.optimizer, s.embedding_lr_ratio, s.dropout, s.init_from) == ("adamw", 1.0, 0.0, "scratch")
     [optimizer] = optim.build_optimizers(
-        nn.Linear(2, 2), s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay
+        nn.Linear(2, 2), s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay, s.adam_beta2
     )
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.95), 1e-8)
     for it in range(0, s.max_steps, 7):
@@ -68,10 +68,16 @@ def test_linear_and_wsd_fall_in_straight_lines() -> None:
 
 
 def test_the_muon_presets_rates_are_those_of_torchs_schedulers() -> None:
-    """No warm-up, the peak for 30 % of the steps, then a line to 0; twice that for the embeddings."""
+    """No warm-up, the peak for 30 % of the steps, then a line to 0; twice that for the embeddings.
+
+    AdamW's second beta is 0.99.
+    """
     s = dataclasses.replace(PRESETS["gpt2-124m-muon"], max_steps=200)
     model = nn.ModuleDict({"wte": nn.Embedding(2, 2), "matrix": nn.Linear(2, 2)})
-    ours = optim.build_optimizers(model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay)
+    ours = optim.build_optimizers(
+        model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay, s.adam_beta2
+    )
+    assert ours[-1].defaults["betas"] == (0.9, 0.99)
     theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.8e-3)
     peak = torch.optim.lr_scheduler.ConstantLR(theirs, factor=1.0)
     line = torch.optim.lr_scheduler.LinearLR(theirs, 1.0, 0.0, total_iters=140)

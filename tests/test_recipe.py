@@ -84,10 +84,10 @@ def test_recipes_side_by_side_train_nothing_twice(tmp_path: Path, monkeypatch: p
     ladder = Ladder(Settings(results=tmp_path / "none.jsonl", lengths=[5.0, 10.0], seeds=2, jobs=2))
     ladder.data = "tiny"
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(functools.partial(ladder.finish, "2x64"), ("muon", "muon-linear")))
+        list(pool.map(functools.partial(ladder.finish, "2x64"), ("muon", "muon-beta2-95")))
     assert len(trained) == len(set(trained))
     rate = recipe.RECIPES["muon"].learning_rate
-    for name in ("muon", "muon-linear"):
+    for name in ("muon", "muon-beta2-95"):
         wanted = {(name, rate, length, seed) for length in (5.0, 10.0) for seed in (1, 2)}
         assert wanted <= set(trained)
 
@@ -179,7 +179,7 @@ def test_recipes_are_compared_by_seed() -> None:
     # Where no AdamW was tuned, nothing is compared with one.
     assert recipe_report.tuned_adamw(runs, "2x128") is None
     untuned = [r for r in runs if not r["recipe"].startswith("adamw")]
-    assert [len(rows) for rows in recipe_report.pairs(untuned).values()] == [0, 1, 0]
+    assert [len(rows) for rows in recipe_report.pairs(untuned).values()] == [0, 0, 1, 0]
     text = recipe_report.text(untuned)
     assert "| 2x64 | muon | 0.002 | 10 | 3 | 0.5273 | 0.62 (0.62 to 0.62) |  |  |" in text
     text = recipe_report.text(runs)
@@ -209,21 +209,21 @@ def test_a_line_is_continued_with_its_error() -> None:
 def test_variants_are_compared_with_their_base() -> None:
     """At equal tokens; how many of them that is worth follows from how the base's loss falls."""
     noise = (0.1, -0.1, 0.05)
-    runs = results("muon", 1.0, noise) + results("muon-linear", 1.25, noise)
-    row = recipe_report.vary(runs, "2x64", "muon-linear")
+    runs = results("muon", 1.0, noise) + results("muon-beta2-95", 1.25, noise)
+    row = recipe_report.vary(runs, "2x64", "muon-beta2-95")
     assert (row["rate"], row["length"], row["seeds"]) == (2e-3, 10.0, 3)
     assert row["difference"] == pytest.approx(-0.5 * math.log(1.25))
     assert row["saved"] == pytest.approx(1 - 1 / 1.25)
     other = recipe_report.vary(
-        results("muon", 1.0, noise) + results("muon-linear", 1.25, noise[::-1]), "2x64", "muon-linear"
+        results("muon", 1.0, noise) + results("muon-beta2-95", 1.25, noise[::-1]), "2x64", "muon-beta2-95"
     )
     assert other["saved_low"] < other["saved"] < other["saved_high"]
-    assert recipe_report.vary(runs, "2x128", "muon-linear") is None
-    assert "| muon-linear | 2x64 | 0.002 | 10 | 3 | -0.1116 ± 0.0000 | 20 % (20 % to 20 %) |" in (
+    assert recipe_report.vary(runs, "2x128", "muon-beta2-95") is None
+    assert "| muon-beta2-95 | 2x64 | 0.002 | 10 | 3 | -0.1116 ± 0.0000 | 20 % (20 % to 20 %) |" in (
         recipe_report.text(runs)
     )
     of_one_length = [run for run in runs if run["length"] == 5.0]
-    assert math.isnan(recipe_report.vary(of_one_length, "2x64", "muon-linear")["saved"])
+    assert math.isnan(recipe_report.vary(of_one_length, "2x64", "muon-beta2-95")["saved"])
     assert "nan" not in recipe_report.text(of_one_length)
 
 
@@ -231,7 +231,7 @@ def test_a_variant_starts_where_its_base_ends_and_a_rung_where_the_one_below_doe
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[tuple[str, int]] = []
-    best = {"muon": 4, "muon-linear": 3}
+    best = {"muon": 4, "muon-beta2-95": 3}
 
     def start(self: Ladder, rung: str, name: str, rate: float, length: float, seed: int) -> Future:
         k = round(2 * math.log2(rate / recipe.RECIPES[name].learning_rate))
@@ -243,8 +243,8 @@ def test_a_variant_starts_where_its_base_ends_and_a_rung_where_the_one_below_doe
     monkeypatch.setattr(Ladder, "start", start)
     ladder = Ladder(Settings(results=tmp_path / "none.jsonl"))
     ladder.data = "tiny"
-    assert ladder.best_exponent("2x64", "muon-linear") == 3
-    assert sorted(k for name, k in tried if name == "muon-linear") == [2, 3, 4, 5]
+    assert ladder.best_exponent("2x64", "muon-beta2-95") == 3
+    assert sorted(k for name, k in tried if name == "muon-beta2-95") == [2, 3, 4, 5]
     tried.clear()
     rate = recipe.RECIPES["muon"].learning_rate * 2**2.5
     flags = {"learning_rate": rate, "seed": 1}

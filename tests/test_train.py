@@ -23,7 +23,7 @@ from helpers import ROOT, TINY, T, as_flags, command, environment, history, posi
 import train_gpt2
 from dataloader import TokenStream
 from model import GPT, GPTConfig
-from optim import build_optimizers, learning_rate_factor
+from optim import learning_rate_factor
 from pre_tokens.shards import find_shards
 from settings import PRESETS, settings_from_config
 from support import checkpoint, files, metrics
@@ -36,10 +36,12 @@ Train = Callable[..., Path]
 
 def test_loss_curve_equals_a_textbook_loop(train: Train, data_dir: Path) -> None:
     """Plain full-batch steps over the stream in order: no micro-batches, no background, no chunks."""
-    run = train(micro_batch_size=2, shuffle=True, seed=3, max_steps=8)
+    run = train(micro_batch_size=2, shuffle=True, seed=3, max_steps=8, adam_beta2=0.8)
     torch.manual_seed(3)
     model = GPT(GPTConfig(T, 50257, 2, 2, 16))
-    [optimizer] = build_optimizers(model, "adamw", 1e-2, 1.0, 0.1)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([{"params": matrices}, vectors], betas=(0.9, 0.8), weight_decay=0.1)
     stream = TokenStream(find_shards(data_dir)["train"], T, 3, True)
     for record in history(run, kinds=("train",)):
         step = record["step"]
