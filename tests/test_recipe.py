@@ -206,6 +206,17 @@ def test_a_line_is_continued_with_its_error() -> None:
     assert recipe_report.extrapolated(rows, 1e8) == pytest.approx((0.5, 0.5, 0.5))
 
 
+def test_a_variant_is_named_after_what_it_differs_from() -> None:
+    for name, base in (
+        ("reference", None),
+        ("muon-beta2-95", "muon"),
+        ("muon-beta2-95-no-decay", "muon-beta2-95"),
+        ("adamw-embedding-4-beta2-99", "adamw-embedding-4"),
+        ("adamw-with-removed-code", "adamw"),
+    ):
+        assert recipe.base_of(name) == base
+
+
 def test_variants_are_compared_with_their_base() -> None:
     """At equal tokens; how many of them that is worth follows from how the base's loss falls."""
     noise = (0.1, -0.1, 0.05)
