@@ -267,6 +267,7 @@ def draw(results: list[Result], out: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="0.5", linestyle=":")
+    noted = set()  # lines that end on one rung share its note
     for k, (label, rows) in enumerate(pairs(results).items()):
         ratios = np.array([row["ratio"] for row in rows])
         bars = [ratios - [row["ratio_low"] for row in rows], [row["ratio_high"] for row in rows] - ratios]
@@ -275,9 +276,10 @@ def draw(results: list[Result], out: Path) -> None:
             style = {"color": f"C{k}", "marker": "o", "capsize": 3}
             axes.errorbar(sizes, ratios, np.nan_to_num(bars), **style, label=label)
             for row, at in zip(rows, sizes, strict=True):
-                if row["length"] < max(r["length"] for r in rows):
+                if row["length"] < max(r["length"] for r in rows) and row["rung"] not in noted:
+                    noted.add(row["rung"])
                     text = f"{row['length']:g} tokens per parameter"
-                    axes.annotate(text, (at, row["ratio"]), (8, -4), textcoords="offset points", fontsize=8)
+                    axes.annotate(text, (at, row["ratio"]), (16, -4), textcoords="offset points", fontsize=8)
     size = RUNGS["12x768"].block_parameters
     label = "the same in published runs, with rotary positions"
     axes.errorbar([size] * len(PUBLISHED), PUBLISHED, fmt="o", color="C3", fillstyle="none", label=label)
