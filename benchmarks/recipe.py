@@ -17,6 +17,7 @@ other work are better without their seconds: delete those.
 import concurrent.futures
 import datetime
 import functools
+import hashlib
 import json
 import math
 import os
@@ -108,7 +109,9 @@ class Ladder:
             )
         if found := self.find(key):
             return found
-        run = s.out_dir / f"{rung}-{recipe}-{rate:g}-{length:g}-{seed}"
+        # A recipe can change under its name: a folder that an earlier one left must not be continued.
+        mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+        run = s.out_dir / f"{rung}-{recipe}-{rate:g}-{length:g}-{seed}-{mark}"
         flags_of_place = {
             "data_dir": self.data_dir(shape),
             "dataset_repo": "none",
@@ -135,7 +138,7 @@ class Ladder:
             self.results.append(result)
             with open(s.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-        print(f"{run.name:32} loss {as_loss(result['loss']):.4f}  {result['seconds']:.0f} s", flush=True)
+        print(f"{run.name:40} loss {as_loss(result['loss']):.4f}  {result['seconds']:.0f} s", flush=True)
         return result
 
     @functools.cached_property

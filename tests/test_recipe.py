@@ -1,5 +1,6 @@
 """benchmarks/recipe.py: the sweep, its cache, and how runs of several lengths are compared."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -108,6 +109,23 @@ def test_a_run_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_shard(tmp_path / "tiny_train_000002.npy", 400 * 64, 2)
     with pytest.raises(UserError, match="its runs are on tiny-25600, not tiny-51200"):
         Ladder(s).train(*run)
+
+
+def test_a_recipe_that_changes_under_its_name_is_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the folder of its earlier run is still there."""
+    write_shard(tmp_path / "tiny_val_000000.npy", 40 * 64)
+    write_shard(tmp_path / "tiny_train_000001.npy", 400 * 64, 1)
+    monkeypatch.setitem(recipe.RUNGS, "2x64", recipe.Rung(1, 64, 64, 16, 300))
+    s = Settings(
+        data_dir=tmp_path, results=tmp_path / "results.jsonl", out_dir=tmp_path / "runs", dtype="float32"
+    )
+    run = ("2x64", "muon", 1e-3, 0.003, 1)
+    earlier = Ladder(s).train(*run)
+    changed = dataclasses.replace(recipe.RECIPES["muon"], embedding_lr_ratio=50.0)
+    monkeypatch.setitem(recipe.RECIPES, "muon", changed)
+    assert Ladder(s).train(*run)["loss"] != earlier["loss"]
 
 
 def test_too_large_a_rate_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
