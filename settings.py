@@ -203,7 +203,7 @@ PRESETS = {
     # GPT-2, on a text of one's own, which is small: 2.5 million tokens are 8 epochs of 300,000. Rate
     # and schedule are those of transformers' trainer; nanoGPT's example for the far larger XL has 3e-5. The
     # loss on such text falls for a few epochs and then rises: dropout delays that, keep_best undoes it.
-    # Neither Muon nor another beta2 gains much here (BENCHMARKS.md, "Recipes").
+    # On a small model neither Muon nor another beta2 gained much (BENCHMARKS.md, "Recipes").
     "finetune": Settings(
         data_dir=Path("data/mine"),
         dataset_repo="none",
