@@ -103,11 +103,11 @@ class OptimizerSettings:
 
 @dataclass
 class EvaluationSettings:
-    val_interval: int = 250
+    val_interval: int = 500
     """Steps between validations; also before the first step and after the last. 0: no validation."""
     val_tokens: int = 10_485_760
     """Number of validation tokens, always the first ones; fewer if there are not as many."""
-    hellaswag_interval: int = 250
+    hellaswag_interval: int = 1000
     """Steps between HellaSwag evaluations; also before the first step and after the last. 0: none."""
     hellaswag_data: str = ""
     """A local file of examples: .jsonl, or the Hub's .parquet. Default: those published, fetched once."""
