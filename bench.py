@@ -80,7 +80,7 @@ class Settings:
     compile: bool = False
     """Compile the model. On by default on CUDA, where Triton is installed."""
     recompute: bool = False
-    """Compute each block again in backward. --plan also does so where nothing fits otherwise."""
+    """Activation checkpointing. --plan also uses it where nothing fits without."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"
@@ -150,7 +150,9 @@ def micro_batches(s: Settings, B: int, T: int, device: torch.device) -> Iterator
             yield x, y
     shards = find_shards(s.data_dir)["train"]
     if s.loader == "memmap":
-        yield from dataloader.train_batches(dataloader.TokenStream(shards, T, 0, True), 0, B, B, 0, 1, device)
+        stream = dataloader.TokenStream(shards, T, seed=0, shuffle=True)
+        yield from dataloader.train_batches(stream, 0, B, B, 0, 1, device)
+        return
     tokens = torch.from_numpy(np.load(shards[0].path).astype(np.int64))
     position = 0
     while True:
@@ -186,12 +188,12 @@ def measure(s: Settings) -> dict[str, object]:
     """Time training steps as the settings say."""
     rt = runtime.start(s.device, s.dtype)
     config, T, name = model_config(s)
-    on_cuda = rt.device.type == "cuda"
-    model = GPT(dataclasses.replace(config, padded_vocab_size=50304 if on_cuda else 0)).to(rt.device)
+    padded = hardware.padded_vocab_size(config.vocab_size, rt.device)
+    model = GPT(dataclasses.replace(config, padded_vocab_size=padded)).to(rt.device)
     model.recompute = s.recompute
     p = PRESETS[s.preset]
     B = s.micro_batch_size or 1
-    if on_cuda and not s.micro_batch_size:
+    if rt.device.type == "cuda" and not s.micro_batch_size:
         B = hardware.largest_micro_batch(model, T, 64, s.loss_chunks, name, rt)
     loss_chunks = s.loss_chunks or loss.default_chunks(B * T, rt.device)
     optimizers = optim.build_optimizers(
@@ -222,8 +224,8 @@ def measure(s: Settings) -> dict[str, object]:
                 rt.synchronize()
                 warmup_seconds = time.perf_counter() - begin
     batches.close()
-    seconds = watch.seconds()[s.warmup :]
-    durations = [sum(part.values()) for part in seconds]
+    laps = watch.seconds()[s.warmup :]
+    durations = [sum(lap.values()) for lap in laps]
     median = statistics.median(durations)
     peak = known or max(peak, hardware.measured_flops(rt.device, rt.dtype))
     memory = hardware.peak_memory(rt.device)
@@ -237,7 +239,7 @@ def measure(s: Settings) -> dict[str, object]:
         "flops_per_token": config.flops_per_token(T),
         "memory_gb": memory and memory / 1e9,
         "parts_ms": {
-            part: 1000 * statistics.median(s[part] for s in seconds)
+            part: 1000 * statistics.median(lap[part] for lap in laps)
             for part in ("data", "forward", "backward", "optimizer")
         },
         "warmup_s": warmup_seconds if s.warmup else 0.0,
@@ -292,13 +294,7 @@ def override(s: Settings, text: str) -> Settings:
 def measure_apart(s: Settings) -> dict[str, object]:
     """`measure` in a process of its own, with its own memory and compiled code."""
     single = dataclasses.replace(s, compare=None, sweep=False, json=True)
-    command = [sys.executable, __file__]
-    for field in dataclasses.fields(single):
-        value, own = getattr(single, field.name), "--" + field.name.replace("_", "-")
-        if isinstance(value, bool):
-            command.append(own if value else "--no" + own[1:])
-        elif value is not None:
-            command += [own, str(value)]
+    command = [sys.executable, __file__, *cli.flags(vars(single))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(cli.last_error(done.stderr))

@@ -27,7 +27,7 @@ from support.cli import UserError
 
 
 class TokenStream:
-    """The endless sequence of training examples: number -> tokens, in constant memory.
+    """The endless sequence of training examples: index -> tokens, in constant memory.
 
     With `shuffle`, each epoch visits the shards in a new order, and the sequences of each shard in a new
     order; without, everything is read from start to end. Nothing is left out but the tail of each shard that
@@ -59,51 +59,51 @@ class TokenStream:
         text = "\n".join(f"{shard.path.name} {shard.n_tokens}" for shard in self.shards)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def read(self, numbers: np.ndarray) -> np.ndarray:
-        """The sequences with these numbers (B,), from 0 without end: uint16 (B, sequence_length + 1)."""
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """The sequences at these indices (B,), counted across epochs: uint16 (B, sequence_length + 1)."""
         T = self.sequence_length
-        shard_of, row_of = self._locate(numbers)
-        tokens = np.empty((len(numbers), T + 1), dtype=np.uint16)
-        for index in np.unique(shard_of):
-            shard = self.shards[index]
+        shard_ids, rows = self._locate(indices)
+        tokens = np.empty((len(indices), T + 1), dtype=np.uint16)
+        for shard_id in np.unique(shard_ids):
+            shard = self.shards[shard_id]
             # Mapped again for each batch: a lasting map would add every page it touches to our memory use.
             mapped = shard.map()
-            places = np.flatnonzero(shard_of == index)
-            for place, row in zip(places, row_of[places], strict=True):
-                tokens[place] = mapped[row * T : (row + 1) * T + 1]
-            check_ids(tokens[places], shard.path)
+            in_shard = np.flatnonzero(shard_ids == shard_id)
+            for i in in_shard:
+                tokens[i] = mapped[rows[i] * T : (rows[i] + 1) * T + 1]
+            check_ids(tokens[in_shard], shard.path)
         return tokens
 
-    def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sequence numbers -> (index of the shard, number of the sequence within it)."""
-        epochs, rests = np.divmod(numbers, len(self))
-        shard_of, row_of = np.empty_like(numbers), np.empty_like(numbers)
+    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of sequences -> (the shard of each, its row: the index of the sequence within that)."""
+        epochs, offsets = np.divmod(indices, len(self))
+        shard_ids, rows = np.empty_like(indices), np.empty_like(indices)
         for epoch in np.unique(epochs):
-            here = np.flatnonzero(epochs == epoch)
+            in_epoch = np.flatnonzero(epochs == epoch)
             order = np.arange(len(self.shards))
             if self.shuffle:
                 order = permute(order, len(self.shards), (self.seed, int(epoch)))
             ends = self.counts[order].cumsum()
-            place = np.searchsorted(ends, rests[here], side="right")
-            shard_of[here] = order[place]
-            row_of[here] = rests[here] - (ends - self.counts[order])[place]
+            position = np.searchsorted(ends, offsets[in_epoch], side="right")  # of the shard in the order
+            shard_ids[in_epoch] = order[position]
+            rows[in_epoch] = offsets[in_epoch] - (ends - self.counts[order])[position]
             if self.shuffle:
-                for index in np.unique(shard_of[here]):
-                    these = here[shard_of[here] == index]
-                    key = (self.seed, int(epoch), int(index))
-                    row_of[these] = permute(row_of[these], int(self.counts[index]), key)
-        return shard_of, row_of
+                for shard_id in np.unique(shard_ids[in_epoch]):
+                    in_shard = in_epoch[shard_ids[in_epoch] == shard_id]
+                    key = (self.seed, int(epoch), int(shard_id))
+                    rows[in_shard] = permute(rows[in_shard], int(self.counts[shard_id]), key)
+        return shard_ids, rows
 
 
-def permute(numbers: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """What a pseudo-random permutation of range(n), chosen by `key`, maps these numbers to, int64 (k,).
+def permute(indices: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where a pseudo-random permutation of range(n), chosen by `key`, takes these indices: int64 (k,).
 
     A Feistel network with cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): any
     element without a table in memory, and the same for every version of numpy.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    x = numbers.astype(np.uint64)
+    x = indices.astype(np.uint64)
     todo = np.arange(len(x))
     while len(todo):
         left, right = x[todo] >> half, x[todo] & mask
@@ -144,7 +144,7 @@ def train_batches(
     A step has sequences_per_step / (B · world_size) micro-batches; each takes B sequences for every rank.
     The next one is read in the background, into pinned memory for a CUDA device.
 
-    With each, torch's generators are seeded from the stream's seed and the number of its first sequence, for
+    With each, torch's generators are seeded from the stream's seed and the index of its first sequence, for
     the masks of dropout: with the same B they too depend on the step alone, whatever was drawn before it and
     however many processes there are.
     """
@@ -181,10 +181,10 @@ def val_batches(
     """
     mine = np.arange(rank, n_sequences, world_size)
     for begin in range(0, len(mine), micro_batch_size):
-        numbers = mine[begin : begin + micro_batch_size]
-        padded = np.concatenate([numbers, np.full(micro_batch_size - len(numbers), numbers[0])])
+        indices = mine[begin : begin + micro_batch_size]
+        padded = np.concatenate([indices, np.full(micro_batch_size - len(indices), indices[0])])
         x, y = _to_tensors(stream.read(padded), device)
-        y[len(numbers) :] = -100
+        y[len(indices) :] = -100
         yield _move(x, device), _move(y, device)
 
 

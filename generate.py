@@ -25,7 +25,7 @@ import torch
 
 from model import GPT
 from support import cli, run_folder, runtime, tokenizer
-from support.cli import Dtype, UserError
+from support.cli import Dtype, UserError, flag
 from support.runtime import Runtime
 
 
@@ -34,7 +34,7 @@ class Settings:
     model: str = "log"
     """A run (RUN:best: its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a Hub name."""
     prompt: str | None = None
-    """Text to continue; - reads standard input. Default: a prompt loop (without a terminal, no prompt)."""
+    """Text to continue; - reads standard input. Default: a prompt loop, or without a terminal no text."""
     num_samples: int = 3
     """Samples per prompt."""
     max_new_tokens: int = 64
@@ -59,7 +59,7 @@ def check_settings(s: Settings) -> None:
     """Raise UserError on values that cannot work."""
     for name in ("num_samples", "max_new_tokens"):
         if getattr(s, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
+            raise UserError(f"{flag(name, getattr(s, name))}: must be at least 1")
     if not (math.isfinite(s.temperature) and s.temperature >= 0):
         raise UserError(f"--temperature {s.temperature}: must be a finite number of at least 0")
     if s.top_k < 0:

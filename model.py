@@ -41,7 +41,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     padded_vocab_size: int = 0  # rows of the embedding matrix; 0: vocab_size
-    dropout: float = 0.0  # of embeddings, attention probabilities and residual paths; GPT-2 as published: 0.1
+    dropout: float = 0.0  # of embeddings, attention probabilities, residual paths; transformers' GPT-2: 0.1
 
     @property
     def embedding_rows(self) -> int:

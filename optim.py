@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from settings import OptimizerName, Schedule, Settings
+from support.pretrained import is_block_matrix
 
-# Its name from torch 2.13 on, and before.
+# torch 2.13 renamed the second to the first.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # ---------------------------------------------------------------- optimizers
@@ -31,9 +32,9 @@ def build_optimizers(
     AdamW's betas are 0.9 and `adam_beta2`, 0.95 in GPT-3 (Brown et al. 2020).
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    embeddings = [p for n, p in named if n.endswith(("wte.weight", "wpe.weight"))]
+    matrices = [(n, p) for n, p in named if is_block_matrix(n, p)]
+    embeddings = [p for n, p in named if p.dim() == 2 and not is_block_matrix(n, p)]
     vectors = [p for _, p in named if p.dim() < 2]
-    matrices = [(n, p) for n, p in named if p.dim() == 2 and not n.endswith(("wte.weight", "wpe.weight"))]
     adamw_groups = [
         {"params": embeddings, "peak_lr": embedding_lr_ratio * learning_rate, "weight_decay": weight_decay},
         {"params": vectors, "peak_lr": learning_rate, "weight_decay": 0.0},
@@ -124,13 +125,13 @@ class Muon(torch.optim.Optimizer):
             gradient = self._share(gradients[shape]).nan_to_num_(0.0, 0.0, 0.0)
             momentum = self.momentum[shape].lerp_(gradient, (1 - mu) * keep)
             nesterov = gradient.lerp_(momentum, mu)
-            updates = self._exchange(orthogonalize(nesterov), len(weights))
+            updates = self._all_gather(orthogonalize(nesterov), len(weights))
             updates = updates.float() * (0.2 * math.sqrt(max(shape)) * lr * keep)
             torch._foreach_mul_(weights, decay)
             torch._foreach_sub_(weights, list(updates))
 
     def _by_shape(self, tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[Tensor]]:
-        """Views of the matrices in tensors shaped as the parameters: Q, K, V apart, tall ones transposed."""
+        """Views of the matrices in a tensor per parameter, by shape: Q, K, V apart, tall ones transposed."""
         found: dict[tuple[int, int], list[Tensor]] = {}
         for tensor, parts in zip(tensors, self.parts, strict=True):
             for matrix in tensor.chunk(parts):
@@ -141,14 +142,14 @@ class Muon(torch.optim.Optimizer):
     def _share(self, matrices: list[Tensor]) -> Tensor:
         """A copy of this process's share of matrices of one shape; zeros fill it up where there are too few.
 
-        (share, rows, columns), of the same size on every process, as the exchange needs it.
+        (share, rows, columns), of the same size on every process, as the all-gather needs it.
         """
         share = -(-len(matrices) // self.world_size)
         own = matrices[self.rank * share : (self.rank + 1) * share]
         filling = [torch.zeros_like(matrices[0]) for _ in range(share - len(own))]
         return torch.stack(own + filling)
 
-    def _exchange(self, share: Tensor, n: int) -> Tensor:
+    def _all_gather(self, share: Tensor, n: int) -> Tensor:
         """All `n` matrices of a batch, (n, rows, columns), from the share that each process has of them."""
         if self.world_size == 1:
             return share
@@ -160,12 +161,12 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, object]:
         """The usual state, with the whole "momentum_buffer" of every parameter.
 
-        Every process has to call it: they exchange their shares.
+        Every process has to call it, as it gathers their shares.
         """
         state = super().state_dict()
         whole = [torch.empty_like(parameter) for parameter in self.param_groups[0]["params"]]
         for shape, matrices in self._by_shape(whole).items():
-            torch._foreach_copy_(matrices, list(self._exchange(self.momentum[shape], len(matrices))))
+            torch._foreach_copy_(matrices, list(self._all_gather(self.momentum[shape], len(matrices))))
         return {**state, "state": {i: {"momentum_buffer": momentum} for i, momentum in enumerate(whole)}}
 
     @torch.no_grad()

@@ -51,10 +51,10 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     series = {label: read_run(path) for label, path in zip(_labels(runs), runs, strict=True)}
-    panels = [("loss", "loss (nats per token)")]
-    panels += [("hellaswag", "HellaSwag acc_norm")] if any("hellaswag" in s for s in series.values()) else []
-    panels += [("lr", "learning rate")] if any("lr" in s for s in series.values()) else []
-    panels += [("tokens_per_sec", "tokens/s")] if any("tokens_per_sec" in s for s in series.values()) else []
+    titles = {"loss": "loss (nats per token)", "hellaswag": "HellaSwag acc_norm", "lr": "learning rate"}
+    titles["tokens_per_sec"] = "tokens/s"
+    drawn = {"loss"}.union(*series.values())
+    panels = [(kind, title) for kind, title in titles.items() if kind in drawn]
 
     longest = max((len(s["train"][0]) for s in series.values() if "train" in s), default=0)
     window = smooth or max(1, longest // 50)

@@ -38,11 +38,11 @@ class RunSettings:
     resume: bool = False
     """Continue from the newest intact checkpoint of the run folder; start afresh if there is none."""
     overwrite: bool = False
-    """Delete the run in the folder, and start afresh."""
+    """Delete the run in --out-dir, and start afresh."""
     push_to_hub: str = ""
     """Send each checkpoint to this model repository, USER/NAME; --resume brings a lost run back from it."""
     push_public: bool = False
-    """Create that repository for everyone to see. Default: private."""
+    """Create the repository of --push-to-hub for everyone to see. Default: private."""
     init_from: str = "scratch"
     """Initial weights: scratch, a Hub name (gpt2), or a folder: a run, a checkpoint, a Hugging Face GPT-2."""
     seed: int = 1337
@@ -72,7 +72,7 @@ class ModelSettings:
     n_embd: int = 768
     """Width, a multiple of --n-head."""
     dropout: float = 0.0
-    """Dropout of embeddings, attention and residual paths in training; 0.1 in GPT-2 as published."""
+    """Dropout of embeddings, attention and residual paths in training; 0.1 in transformers' GPT-2."""
 
 
 @dataclass
@@ -106,11 +106,11 @@ class EvaluationSettings:
     val_interval: int = 500
     """Steps between validations; also before the first step and after the last. 0: no validation."""
     val_tokens: int = 10_485_760
-    """Number of validation tokens, always the first ones; fewer if there are not as many."""
+    """Validation tokens, from the start of the validation shards; all of them if there are fewer."""
     hellaswag_interval: int = 1000
     """Steps between HellaSwag evaluations; also before the first step and after the last. 0: none."""
     hellaswag_data: str = ""
-    """A local file of examples: .jsonl, or the Hub's .parquet. Default: those published, fetched once."""
+    """A file of HellaSwag examples, .jsonl or the Hub's .parquet. Default: the published, fetched once."""
     sample_interval: int = 1000
     """Steps between samples. 0: only at the end."""
     checkpoint_interval: int = 500
@@ -136,7 +136,7 @@ class MachineSettings:
     compile: bool = False
     """Compile the model. On by default on CUDA, where Triton is installed."""
     recompute: bool = False
-    """Compute each block again in backward: far less memory, about a fifth more work."""
+    """Activation checkpointing: compute each block again in backward. Far less memory, a fifth more work."""
     track: str = ""
     """Also send metrics to tensorboard, wandb, trackio: one of them, or several separated by commas."""
 
@@ -154,6 +154,7 @@ class CommandLine:
     machine: MachineSettings
 
 
+# Bases in reverse: the fields of a dataclass begin with those of its last base.
 @dataclass
 class Settings(
     MachineSettings,
@@ -164,7 +165,7 @@ class Settings(
     RunSettings,
     DataSettings,
 ):
-    """All of them, as the code uses them and config.json records them: without groups."""
+    """All settings without groups, as the code uses them and config.json records them."""
 
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd")
@@ -175,10 +176,11 @@ SHAPE = ("block_size", "n_layer", "n_head", "n_embd")
 REFERENCE = Settings()
 # Published for this data and 10B tokens: loss 3.021, where the reference recipe ends at 3.066 (garg-aayush).
 TUNED = dataclasses.replace(REFERENCE, learning_rate=1.8e-3, warmup_steps=285)
-# Half of the reference's tokens. On small models of this architecture Muon needs about that for the
-# reference's loss (BENCHMARKS.md, "Recipes"). At 124M it is an estimate: published pairs, 0.58 to 0.66 of
-# tuned AdamW's steps, have rotary positions and FineWeb. Both rates and no warm-up are those of the earlier
-# of these Muon runs; the long cooldown and beta2 are from our small models.
+# Half of the reference's tokens. Small models of this architecture need 0.36 to 0.42 of them to reach the
+# reference's loss; that half is enough at 124M is an estimate (BENCHMARKS.md, "Recipes"): published runs,
+# with rotary positions and on FineWeb, need 0.58 to 0.66 of tuned AdamW's steps. Both learning rates and the
+# missing warm-up are those of modded-nanogpt's early Muon record; the long cooldown and beta2 are from our
+# small models.
 MUON = dataclasses.replace(
     REFERENCE,
     optimizer="muon",
@@ -277,20 +279,21 @@ def read_settings(args: list[str] | None = None) -> Settings:
         defaults = dataclasses.replace(PRESETS[known.preset], preset=known.preset, compile=compiled)
     else:
         defaults = settings_from_config(Path(known.preset))
-    grouped = CommandLine(
-        **{
-            group.name: group.type(
-                **{f.name: getattr(defaults, f.name) for f in dataclasses.fields(group.type)}
-            )
-            for group in dataclasses.fields(CommandLine)
-        }
-    )
-    parsed = cli.parse(CommandLine, "Train GPT-2 from scratch.", default=grouped, args=args)
+    parsed = cli.parse(CommandLine, "Train GPT-2 from scratch.", default=in_groups(defaults), args=args)
     s = Settings(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     for name in SHAPE:
         if s.init_from != "scratch" and getattr(s, name) != getattr(defaults, name):
             raise UserError(f"{flag(name, getattr(s, name))}: --init-from {s.init_from} has its own: drop it")
     return s
+
+
+def in_groups(s: Settings) -> CommandLine:
+    """The settings in the groups of --help."""
+    groups = {}
+    for group in dataclasses.fields(CommandLine):
+        names = [field.name for field in dataclasses.fields(group.type)]
+        groups[group.name] = group.type(**{name: getattr(s, name) for name in names})
+    return CommandLine(**groups)
 
 
 def settings_from_config(path: Path) -> Settings:

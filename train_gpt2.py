@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import math
 import signal
@@ -177,13 +176,12 @@ def prepare_data(s: Settings) -> None:
 
 def build_model(s: Settings, device: torch.device) -> GPT:
     """The model with its initial weights, on the device, to be trained; the same weights on every device."""
-    # A multiple of 128 rows suits the GPU's matrix units; a CPU gains nothing from it.
-    padded = -(-tokenizer.VOCAB_SIZE // 128) * 128 if device.type == "cuda" else 0
+    padded = hardware.padded_vocab_size(tokenizer.VOCAB_SIZE, device)
     if s.init_from == "scratch":
         torch.manual_seed(s.seed)
         model = GPT(scratch_config(s, padded))
     else:
-        # Of a run that is resumed a checkpoint, to be restored later: --init-from may be gone by then.
+        # A resumed run starts from its own checkpoint, restored later: --init-from may be gone by then.
         begun = checkpoint.latest_intact(s.out_dir)[0] if s.resume else None
         model = GPT.from_pretrained(begun or run_folder.find_model(s.init_from), padded, s.dropout)
         if model.config.vocab_size != tokenizer.VOCAB_SIZE:
@@ -318,27 +316,34 @@ def evaluate(run: Run, step: int) -> int:
                 val_loss = float(rt.all_reduce(share))
                 run.say(step, f"validation loss {val_loss:.4f}")
                 run.metrics.log(step, "val", loss=val_loss)
-            stale, best = run_folder.stale_validations(s.out_dir) if rt.is_main and s.patience else (0, None)
-            may_end = s.patience > 0 and not last and run.attempt.stopped_by == 0
-            if may_end and rt.on_any(stale >= s.patience):
+            if s.patience and not last and not run.attempt.stopped_by and out_of_patience(run, step):
                 run.last_step = step
-                run.say(step, f"--patience {s.patience}: ending, as no loss is below that of step {best}")
-                run.metrics.log(step, "event", name="patience ran out", validations=stale, best_step=best)
         if examples and (is_due(step, s.hellaswag_interval) or last):
             # On the module itself: its batches have many shapes, and each would be compiled anew.
-            work = functools.partial(hellaswag.count_correct, run.model, examples, rt)
+            work = lambda: hellaswag.count_correct(run.model, examples, rt)  # noqa: E731
             correct = run.attempt(step, "HellaSwag", work)
             if correct is not None:
                 score = hellaswag.total_score(correct, len(examples), rt)
                 run.say(step, f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}")
                 run.metrics.log(step, "hellaswag", acc=score.acc, acc_norm=score.acc_norm, n=score.n)
         if step and is_due(step, s.sample_interval) and not last:
-            work = functools.partial(sampling.draw_samples, run.model, s.seed)
+            work = lambda: sampling.draw_samples(run.model, s.seed)  # noqa: E731
             samples = run.attempt(step, "samples", work, here=rt.is_main) or []
             for text in samples[:: sampling.SAMPLES_PER_PROMPT]:
                 run.say(step, f"sample: {text!r}")
                 run.metrics.log(step, "event", name="sample", text=text)
     return run.attempt.stopped_by
+
+
+def out_of_patience(run: Run, step: int) -> bool:
+    """Whether the last --patience validations brought no lower loss. Every process has to call it."""
+    s, rt = run.settings, run.rt
+    stale, best = run_folder.stale_validations(s.out_dir) if rt.is_main else (0, None)
+    if not rt.on_any(stale >= s.patience):
+        return False
+    run.say(step, f"--patience {s.patience}: ending, as no loss is below that of step {best}")
+    run.metrics.log(step, "event", name="patience ran out", validations=stale, best_step=best)
+    return True
 
 
 @torch.no_grad()
@@ -365,8 +370,8 @@ def validate(run: Run) -> Tensor:
 def save(run: Run, step: int, wait: bool) -> None:
     """Write the checkpoint of `step` in the background, or, with `wait`, before returning.
 
-    In a rehearsal, also load it and continue from what was read. A write that fails is recorded, and the next
-    one awaited: if that fails too, it raises UserError.
+    With --reload-checkpoints, also load it and continue from what was read. A write that failed is recorded,
+    and this one awaited: if it fails too, it raises UserError.
     """
     s, rt = run.settings, run.rt
     folder = checkpoint.folder_of(s.out_dir, step)
@@ -395,7 +400,7 @@ def save(run: Run, step: int, wait: bool) -> None:
 def finish(run: Run, step: int) -> None:
     """Write samples.txt, summary.json and loss_curves.png, and say where they are."""
     s, rt, folder = run.settings, run.rt, run.settings.out_dir
-    work = functools.partial(sampling.draw_samples, run.model, s.seed)
+    work = lambda: sampling.draw_samples(run.model, s.seed)  # noqa: E731
     samples = run.attempt(step, run_folder.SAMPLES, work, here=rt.is_main)
     figure = run.attempt(step, run_folder.FIGURE, lambda: plot_loss.plot_run(folder), here=rt.is_main)
     if rt.is_main:

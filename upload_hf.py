@@ -5,7 +5,8 @@
     python upload_hf.py --run log --repo-id USER/NAME --checkpoint 500 --revision step-500     # or best
     python upload_hf.py --convert model_19072.pt --out gpt2-124m     # convert an older .pt checkpoint
 
-The token comes from HF_TOKEN or from `hf auth login`. Only the files named below are sent.
+The token comes from HF_TOKEN or from `hf auth login`. Only the files named below and the
+run folder's figures are sent.
 """
 
 import json

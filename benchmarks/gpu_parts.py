@@ -48,7 +48,7 @@ class Settings:
     only: str = ""
     """Some of the parts (device, speed, rehearsal, peers, recipes, between-steps), separated by commas; the results of the others in --out are kept."""  # noqa: E501
     peer: list[Path] = field(default_factory=list)
-    """Folders with build-nanogpt's train_gpt2.py or nanoGPT's model.py, to be measured beside ours."""
+    """Folders with build-nanogpt's train_gpt2.py or nanoGPT's model.py, to be compared with ours."""
     hellaswag_data: Path | None = None
     """A local file of HellaSwag examples. Default: the published validation file, fetched once; none with --tiny."""  # noqa: E501
     tiny: bool = False
@@ -134,21 +134,17 @@ class Part:
         values |= changes
         if self.s.tiny and not self.s.hellaswag_data:
             values["hellaswag_interval"] = 0
-        flags = []
-        for name, value in values.items():
-            own = "--" + name.replace("_", "-")
-            flags += [own if value else "--no" + own[1:]] if isinstance(value, bool) else [own, str(value)]
-        return flags
+        return cli.flags(values)
 
 
 # ---------------------------------------------------------------- 1: the device
 
 
 def device(part: Part) -> None:
-    """What the machine is, its two measured ceilings, and the tests that need a GPU."""
+    """What the machine is, its two measured peak rates, and the tests that need a GPU."""
     rt = runtime.start("auto", "auto")
     part.measure("machine", lambda: describe(rt))
-    part.measure("ceilings", lambda: ceilings(rt, part.s.tiny))
+    part.measure("peak_rates", lambda: peak_rates(rt, part.s.tiny))
     if rt.device.type == "cuda":
         torch.cuda.empty_cache()
     part.measure("tests", lambda: gpu_tests(part))
@@ -186,7 +182,7 @@ def median_seconds(work: Callable[[], object], rt: Runtime, repeats: int) -> flo
     return statistics.median(lap["work"] for lap in watch.seconds()[3:])
 
 
-def ceilings(rt: Runtime, tiny: bool) -> dict[str, float]:
+def peak_rates(rt: Runtime, tiny: bool) -> dict[str, float]:
     """The device's rates: bf16 products of random matrices, and copying, counting bytes read and written."""
     n, n_bytes = (128, 2**20) if tiny else (8192, min(2**32, torch.cuda.mem_get_info()[0] // 4))
     a, b = torch.randn(2, n, n, device=rt.device, dtype=torch.bfloat16)
@@ -231,7 +227,7 @@ def read_outcomes(output: str) -> list[dict[str, str]]:
 
 
 def speed(part: Part) -> None:
-    """Training speed at the micro-batch that the search finds, beside what it could be; other settings."""
+    """Training speed at the micro-batch that the search finds, what it could be, and other settings."""
     alone = part.measure("one_micro_batch", lambda: figures(bench.measure_apart(part.bench())))
     if alone is None:
         return
@@ -239,7 +235,7 @@ def speed(part: Part) -> None:
     part.measure("recipe_step", lambda: figures(bench.measure_apart(recipe_step(part, B))))
     part.measure("forecast", lambda: forecast(part))
     if torch.cuda.is_available():
-        part.measure("floors", lambda: floors(part, alone))
+        part.measure("roofline", lambda: roofline(part, alone))
     rows: list[dict[str, object]] = []
     for row in sweep(part, B):
         rows.append(row)
@@ -248,8 +244,8 @@ def speed(part: Part) -> None:
 
 def recipe_step(part: Part, B: int, **changes: object) -> bench.Settings:
     """Settings of bench.py for the recipe's optimizer step, in as many micro-batches as it takes."""
-    rounds = 1 if part.s.tiny else RECIPE.total_batch_size // RECIPE.sequence_length // B
-    return part.bench(micro_batch_size=B, accumulation_steps=rounds, **changes)
+    n = 1 if part.s.tiny else RECIPE.total_batch_size // RECIPE.sequence_length // B
+    return part.bench(micro_batch_size=B, accumulation_steps=n, **changes)
 
 
 def figures(result: dict[str, object]) -> dict[str, object]:
@@ -263,7 +259,7 @@ def figures(result: dict[str, object]) -> dict[str, object]:
 
 
 def forecast(part: Part) -> list[dict[str, object]]:
-    """The step of the recipe beside what `bench.py --plan` says of this GPU."""
+    """The step of the recipe compared with what `bench.py --plan` says of this GPU."""
     config, length, _ = bench.model_config(part.bench())
     name, memory = "A100", 80.0  # something to try out a CPU with
     if torch.cuda.is_available():
@@ -288,11 +284,11 @@ def forecast(part: Part) -> list[dict[str, object]]:
     ]
 
 
-def floors(part: Part, alone: dict[str, object]) -> dict[str, object]:
-    """Forward and backward of a micro-batch beside its FLOPs and bytes over the measured rates."""
-    rates = part.earlier("device").get("ceilings", {})
+def roofline(part: Part, alone: dict[str, object]) -> dict[str, object]:
+    """Forward and backward of a micro-batch, and the least that its FLOPs and bytes would take (roofline)."""
+    rates = part.earlier("device").get("peak_rates", {})
     if "copy_gb_per_sec" not in rates:
-        raise UserError("needs the ceilings of the part `device`")
+        raise UserError("needs the peak rates of the part `device`")
     config, length, _ = bench.model_config(part.bench())
     B = alone["micro_batch_size"]
     flops = config.flops_per_token(length) * B * length
@@ -301,7 +297,7 @@ def floors(part: Part, alone: dict[str, object]) -> dict[str, object]:
         "flops": flops,
         "floor_by_flops_ms": 1000 * flops / (rates["product_tflops"] * 1e12),
     }
-    part.note("floors", found)  # counting bytes takes a minute and may fail
+    part.note("roofline", found)  # counting bytes takes a minute and may fail
     flags = ("--micro-batch-size", str(B), "--loss-chunks", str(alone["loss_chunks"]))
     counted = re.search(r"together\s+([\d.]+) GB", part.script("benchmarks/count_bytes.py", *flags))
     gigabytes = float(counted[1])

@@ -5,8 +5,8 @@
     python benchmarks/gpu_report.py --data-dir DIR --tiny      # a dry run in about a minute, on a CPU too
 
 The parts, in this order:
-    device          versions, measured ceilings, the tests that need a GPU
-    speed           of a step, beside the plan and the floors; then of other settings
+    device          versions, measured peak rates, the tests that need a GPU
+    speed           of a step, compared with the plan and the roofline; then of other settings
     rehearsal       every stage of a run, with a SIGKILL and a resume
     peers           other trainers in turn with ours, if --peer names them
     recipes         AdamW, tuned AdamW and Muon over the same tokens
@@ -45,7 +45,7 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     "device": (gpu_parts.device, 3.5),
     "speed": (gpu_parts.speed, 4.5),
     "rehearsal": (gpu_runs.rehearsal, 4.5),
-    "peers": (gpu_runs.beside_peers, 5),
+    "peers": (gpu_runs.compare_trainers, 5),
     "recipes": (gpu_runs.recipes, 4.5),
     "between-steps": (gpu_runs.between_steps, 3),
 }
@@ -54,7 +54,7 @@ TITLES = {
     "device": "The device",
     "speed": "Speed of a training step",
     "rehearsal": "The rehearsal, killed and resumed",
-    "peers": "Beside other trainers",
+    "peers": "Compared with other trainers",
     "recipes": "Three recipes over the same tokens",
     "between-steps": "Between steps",
 }

@@ -110,8 +110,8 @@ def train_records(record: Path) -> dict[int, metrics.Record]:
 # ---------------------------------------------------------------- 4: peers
 
 
-def beside_peers(part: Part) -> None:
-    """Speed, memory and the losses of 50 steps beside other trainers, in turn, on equal batches."""
+def compare_trainers(part: Part) -> None:
+    """Speed, memory and the losses of 50 steps compared with other trainers, in turn, on equal batches."""
     if not part.s.peer:
         part.note("note", "no --peer FOLDER was given")
         return
@@ -127,7 +127,7 @@ def beside_peers(part: Part) -> None:
         part.note("rounds", rows)
         part.note("speed", peers.medians(rows))
         if number == 1:
-            part.measure("losses", lambda: losses_beside(part, found, B))
+            part.measure("losses", lambda: compare_losses(part, found, B))
 
 
 def one_round(part: Part, found: dict[str, Path], B: int) -> Iterator[dict[str, object]]:
@@ -151,9 +151,9 @@ def one_round(part: Part, found: dict[str, Path], B: int) -> Iterator[dict[str, 
         yield row
 
 
-def losses_beside(part: Part, found: dict[str, Path], B: int) -> dict[str, object]:
+def compare_losses(part: Part, found: dict[str, Path], B: int) -> dict[str, object]:
     """The first losses of ours and of each peer, from the same weights, with the same batches."""
-    run = part.s.out.resolve() / "beside_peers"
+    run = part.s.out.resolve() / "peers"
     steps = 5 if part.s.tiny else 50
     length = TINY["sequence_length"] if part.s.tiny else RECIPE.sequence_length
     flags = part.training_flags(

@@ -1,4 +1,4 @@
-"""HellaSwag examples/s, beside scoring the four full rows of one example at a time.
+"""HellaSwag examples/s, compared with scoring the four full rows of one example at a time.
 
     python benchmarks/hellaswag_speed.py --data hellaswag_val.jsonl --limit 100
 

@@ -45,7 +45,7 @@ RUNGS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is trained with, beside its rate, which the sweep finds from `learning_rate` on."""
+    """What a run is trained with, besides its rate, which the sweep finds from `learning_rate` on."""
 
     learning_rate: float
     optimizer: str = "adamw"

@@ -81,17 +81,17 @@ def step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[tuple[Tensor, Tensor]],
-    rounds: int,
+    accumulation_steps: int,
     rt: Runtime,
 ) -> float:
-    """One optimizer step over `rounds` micro-batches, awaited; returns its mean loss."""
+    """One optimizer step over all its micro-batches, awaited; returns its mean loss."""
     optimizer.zero_grad()
     loss_sum = torch.zeros((), device=rt.device)
-    for _ in range(rounds):
+    for _ in range(accumulation_steps):
         x, y = next(batches)
         with rt.autocast():
             _, loss = model(x, y)
-        loss = loss / rounds
+        loss = loss / accumulation_steps
         loss_sum += loss.detach()
         loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -49,7 +49,7 @@ class Settings:
     rungs: list[str] = field(default_factory=lambda: ["2x64"])
     """Shapes to train, LAYERSxWIDTH with heads of 64: 2x64, 4x64, 2x128, 2x192, 4x192, 6x256, 12x768."""
     recipes: list[str] = field(default_factory=lambda: ["adamw", "muon"])
-    """Recipes to train beside the reference."""
+    """Recipes to train, besides the reference."""
     lengths: list[float] = field(default_factory=lambda: [5.0, 10.0])
     """Lengths of a run, in tokens per parameter of the blocks' matrices. Rates are swept at the shortest."""
     seeds: int = 3
@@ -123,9 +123,8 @@ class Ladder:
             "max_bad_steps": shape.steps(length),  # too large a rate is a result, not an error
         }
         script = str(ROOT / "benchmarks" / "train_small_vocabulary.py")
-        command = [sys.executable, script, str(shape.vocab_size), "--resume"]
-        for name, value in {**key["flags"], **flags_of_place}.items():
-            command += ["--" + name.replace("_", "-"), str(value)]
+        flags = cli.flags({**key["flags"], **flags_of_place})
+        command = [sys.executable, script, str(shape.vocab_size), "--resume", *flags]
         threads = max(1, (os.cpu_count() or 1) // s.jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         done = subprocess.run(

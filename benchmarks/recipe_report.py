@@ -11,7 +11,7 @@ Result = dict[str, object]
 Runs = dict[int, dict[float, Result]]  # of one recipe on one rung, by seed and length
 
 # Muon's steps to tuned AdamW's loss, as a fraction of its own, at 124M with rotary positions on FineWeb: in
-# modded-nanogpt's early records, on its track 3, and there beside the AdamW of pull request 353.
+# modded-nanogpt's early records, on its track 3, and there relative to the AdamW of pull request 353.
 PUBLISHED = (6200 / 9536, 3250 / 5625, 3250 / 4950)
 EARLIER = "muon-beta2-95"  # the preset before it had AdamW's beta2 at 0.99, which suits small batches
 
@@ -88,17 +88,17 @@ def shared(*sides: Runs) -> tuple[float, list[int]]:
 
 
 def compare(results: list[Result], rung: str, recipe: str, other: str = REFERENCE) -> Result | None:
-    """A recipe at its best rate beside another at its own, on one rung; None without common runs.
+    """A recipe at its best rate compared with another at its own, on one rung; None without common runs.
 
     "ratio": the tokens after which it has the loss that the other ends with, as a fraction of the other's.
     """
-    own, beside = best_runs(results, rung, recipe), best_runs(results, rung, other)
-    length, seeds = shared(own, beside)
+    own, others = best_runs(results, rung, recipe), best_runs(results, rung, other)
+    length, seeds = shared(own, others)
     if not seeds:
         return None
     ratios, seconds = [], []
     for seed in seeds:
-        target, run = beside[seed][length], own[seed][length]
+        target, run = others[seed][length], own[seed][length]
         runs = own[seed].values()
         reached = tokens_to_reach(target["loss"], [r["tokens"] for r in runs], [r["loss"] for r in runs])
         ratios.append(math.log(reached / target["tokens"]))
@@ -124,7 +124,7 @@ def compare(results: list[Result], rung: str, recipe: str, other: str = REFERENC
 
 
 def vary(results: list[Result], rung: str, recipe: str) -> Result | None:
-    """A variant beside its base at equal tokens, each at its best rate; None without common runs.
+    """A variant compared with its base at equal tokens, each at its best rate; None without common runs.
 
     "saved" is the fraction of the tokens that the lower loss is worth, by what the base's loss falls from its
     shortest to its longest run: NaN if the base has one length only.
@@ -272,7 +272,7 @@ def draw(results: list[Result], out: Path) -> None:
         ratios = np.array([row["ratio"] for row in rows])
         bars = [ratios - [row["ratio_low"] for row in rows], [row["ratio_high"] for row in rows] - ratios]
         if rows:
-            sizes = [block_parameters(row) * 1.06 ** (k - 1) for row in rows]  # beside each other
+            sizes = [block_parameters(row) * 1.06 ** (k - 1) for row in rows]  # side by side
             style = {"color": f"C{k}", "marker": "o", "capsize": 3}
             axes.errorbar(sizes, ratios, np.nan_to_num(bars), **style, label=label)
             for row, at in zip(rows, sizes, strict=True):

@@ -1,4 +1,4 @@
-"""How fast text becomes tokens, beside a pool that encodes one document at a time.
+"""How fast text becomes tokens, compared with a pool that encodes one document at a time.
 
     python benchmarks/tokenizing.py                        # the built-in corpus, ten times over
     python benchmarks/tokenizing.py --files 'books/*.txt'
@@ -63,7 +63,7 @@ def blocks_of(texts: list[str]) -> Iterator[build_shards.Block]:
 
 
 def main() -> None:
-    s = cli.parse(Settings, "Time tokenising beside a pool of processes.")
+    s = cli.parse(Settings, "Time tokenising, and a pool of processes doing the same.")
     if s.files:
         texts = [
             text for block in sources.local(s.files, "text").blocks(0, 0) for text in block.texts if text

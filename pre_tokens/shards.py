@@ -168,7 +168,7 @@ class Place:
 
 
 def read_manifest(path: Path, where: str = "") -> dict | None:
-    """The manifest in a file; None if there is no file, or a manifest of something else than shards.
+    """The manifest in a file; None if there is no file, or a manifest of anything but shards.
 
     where: how messages name it; the path if left out. Raises UserError on a damaged manifest, or one that
     names a file outside its folder.

@@ -4,10 +4,11 @@
     python pre_tokens/transfer_tokens_hf.py --folder data/mine --repo-id USER/NAME
 
 The token comes from HF_TOKEN or from `hf auth login`. If interrupted, run the same command again: shards that
-the Hub already has, with the same SHA-256, are not sent twice. To fetch them, use train_gpt2.py or
-`python dataloader.py --dataset-repo USER/NAME`.
+the Hub already has, with the same SHA-256, are not sent twice. To fetch them, give train_gpt2.py or
+dataloader.py `--dataset-repo USER/NAME --data-dir DIR`.
 """
 
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -110,17 +111,19 @@ def send(s: Settings, manifest: dict, new: list[dict]) -> None:
     )
     batches = [new[i : i + SHARDS_PER_COMMIT] for i in range(0, len(new), SHARDS_PER_COMMIT)]
     text = json.dumps(manifest, indent=2) + "\n"
-    for number, batch in enumerate([*batches, None], 1):
-        title = "Add the manifest" if batch is None else f"Add shards, part {number} of {len(batches)}"
+    commits: list[tuple[str, dict[str, Path | bytes]]] = [
+        (f"Add shards, part {number} of {len(batches)}", {e["file"]: s.folder / e["file"] for e in batch})
+        for number, batch in enumerate(batches, 1)
+    ]
+    commits.append(("Add the manifest", {shards.MANIFEST: text.encode()}))
 
-        def commit(batch: list[dict] | None = batch, title: str = title) -> None:
-            if batch is None:
-                files = [CommitOperationAdd(shards.MANIFEST, text.encode())]
-            else:
-                files = [CommitOperationAdd(e["file"], s.folder / e["file"]) for e in batch]
-            api.create_commit(s.repo_id, files, commit_message=title, repo_type="dataset")
+    def commit(title: str, contents: dict[str, Path | bytes]) -> None:
+        files = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        api.create_commit(s.repo_id, files, commit_message=title, repo_type="dataset")
 
-        hub.with_retries(commit, retry_on=(*hub.RETRYABLE, *hub.CONFLICTS))
+    for title, contents in commits:
+        work = functools.partial(commit, title, contents)
+        hub.with_retries(work, retry_on=(*hub.RETRYABLE, *hub.CONFLICTS))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 What raises an error is recorded, and training continues. What ends the process instead (the host out of
 memory, a crash inside a library) would end it again after every restart. So a file in the run folder lists
-what has begun and not ended, and what is in it MAX_DEATHS times is left out.
+the work that has begun and not ended. Work that is listed MAX_DEATHS times is skipped.
 """
 
 import contextlib
@@ -53,11 +53,12 @@ class Attempts:
             self.settled = {(steps_done, what) for what in names}
 
     def __call__(self, step: int, what: str, work: Callable[[], T], here: bool = True) -> T | None:
-        """What `work` returns; None if it failed on any process, was done before, or keeps killing the run.
+        """The result of `work`; None if it failed on any process, was done before, or keeps killing the run.
 
-        work: without communication between processes, since one that fails would leave the others waiting.
-        It is called in the run's precision. If it raises Stopped on any process, this returns None, here and
-        from then on: it stays noted as under way. here: whether this process does it; None if not.
+        work: must not communicate with other processes, which would wait for one that has failed. It runs in
+        the run's precision. here: whether this process runs it; the others get None.
+        If a signal cuts it off on any process, this call and all later ones return None, and the work stays
+        listed.
         """
         if self.stopped_by or self.rt.on_any(self.rt.is_main and not self._begin(step, what)):
             return None

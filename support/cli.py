@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NoReturn, TypeVar
 
 import tyro
@@ -53,6 +53,21 @@ def parse(
 def flag(name: str, value: object) -> str:
     """A setting as the user types it: ("n_layer", 2) -> "--n-layer 2"."""
     return f"--{name.replace('_', '-')} {value}"
+
+
+def flags(values: Mapping[str, object]) -> list[str]:
+    """Settings as a command line: {"n_layer": 2, "resume": False} -> ["--n-layer", "2", "--no-resume"].
+
+    One whose value is None is left out.
+    """
+    found = []
+    for name, value in values.items():
+        own = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{own}" if value else f"--no-{own}")
+        elif value is not None:
+            found += [f"--{own}", str(value)]
+    return found
 
 
 def last_error(stderr: str) -> str:

@@ -68,7 +68,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raise UserError if there is something else than a file: opening a named pipe would wait for a writer.
+    """Raise UserError if the path is anything but a file: opening a named pipe would wait for a writer.
 
     Where there is nothing, the error is left to whoever opens it.
     """

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from support import gpus
 from support.cli import UserError
 from support.loss import default_chunks
+from support.pretrained import is_block_matrix
 from support.runtime import Runtime
 
 # Free memory that the search for the micro-batch leaves to fragments, kernels and compiled code.
@@ -61,9 +62,9 @@ def _ram_bytes() -> int:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has had: of the GPU's memory, or resident. None: not measured.
+    """Peak memory of this process in bytes: of the GPU's, or resident on a CPU. None: cannot be measured.
 
-    On MPS what the driver has given out until now, most of which torch keeps for reuse.
+    On MPS what the driver has given out so far, most of which torch keeps for reuse.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -129,22 +130,22 @@ def refuse_long_runs_on_cpu(device: str, flops: float, rt: Runtime) -> None:
 
     It guards against starting a run meant for a GPU on a CPU by accident.
     """
-    if device == "auto" and rt.device.type == "cpu":
-        # One process measures, since all must come to the same answer.
-        rt.run_on_some(rt.is_main, lambda: _refuse_long_runs(rt, flops))
+    if device != "auto" or rt.device.type != "cpu":
+        return
 
+    def check() -> None:
+        # The processes on a machine share its cores: eight of them on two cores do the work of two.
+        threads = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = min(1.0, (os.cpu_count() or 1) / threads)
+        days = flops / (measured_flops(rt.device, rt.dtype) * rt.world_size * share) / 86_400
+        if days > 0.25:
+            time_needed = f"{days:,.0f} days" if days >= 2 else f"{24 * days:.0f} hours"
+            raise UserError(
+                f"--device auto: no GPU found, and this run would take at least {time_needed} on this CPU: "
+                "--device cpu if you mean it, --preset demo for a model that a CPU can train"
+            )
 
-def _refuse_long_runs(rt: Runtime, flops: float) -> None:
-    # The processes on a machine share its cores: eight of them on two cores do the work of two.
-    threads = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = min(1.0, (os.cpu_count() or 1) / threads)
-    days = flops / (measured_flops(rt.device, rt.dtype) * rt.world_size * share) / 86_400
-    if days > 0.25:
-        time_needed = f"{days:,.0f} days" if days >= 2 else f"{24 * days:.0f} hours"
-        raise UserError(
-            f"--device auto: no GPU found, and this run would take at least {time_needed} on this CPU: "
-            "--device cpu if you mean it, --preset demo for a model that a CPU can train"
-        )
+    rt.run_on_some(rt.is_main, check)  # one process measures: all must come to the same answer
 
 
 def attention_for_many_shapes(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -156,6 +157,11 @@ def attention_for_many_shapes(device: torch.device) -> contextlib.AbstractContex
     if device.type != "cuda":
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def padded_vocab_size(vocab_size: int, device: torch.device) -> int:
+    """Rows of the embedding: on CUDA a multiple of 128, which suits its matrix units; else 0, no padding."""
+    return -(-vocab_size // 128) * 128 if device.type == "cuda" else 0
 
 
 def largest_power_of_two(fits: Callable[[int], bool], limit: int) -> int:
@@ -185,8 +191,8 @@ def largest_micro_batch(
     usable = (1 - SPARE) * (torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device))
 
     def fits(B: int) -> bool:
-        rounds = min(2, sequences // B)
-        return _fits(model, B, sequence_length, rounds, loss_chunks, reserve, usable, rt)
+        micro_steps = min(2, sequences // B)
+        return _fits(model, B, sequence_length, micro_steps, loss_chunks, reserve, usable, rt)
 
     best = largest_power_of_two(fits, min(limit, 128))
     torch.cuda.empty_cache()
@@ -200,16 +206,15 @@ def largest_micro_batch(
 
 
 def _state_floats(model: nn.Module, optimizer: str, world_size: int) -> int:
-    """Floats that a step needs beside weights, gradients and activations.
+    """Floats that a step needs besides weights, gradients and activations.
 
     AdamW has two moments per parameter, Muon one per parameter of the blocks' matrices, which several
-    processes share: what that saves is left to its step. DDP has buckets for all gradients, beside those that
-    accumulate before the last round.
+    processes share: what that saves is left to its step. DDP has buckets for all gradients besides those that
+    accumulate before the last micro-batch.
     """
     floats = 0
     for name, parameter in model.named_parameters():
-        in_block = parameter.dim() == 2 and not name.endswith(("wte.weight", "wpe.weight"))
-        moments = 1 if optimizer == "muon" and in_block else 2
+        moments = 1 if optimizer == "muon" and is_block_matrix(name, parameter) else 2
         floats += parameter.numel() * (moments + (world_size > 1))
     return floats
 
@@ -218,22 +223,22 @@ def _fits(
     model: nn.Module,
     B: int,
     sequence_length: int,
-    rounds: int,
+    micro_steps: int,
     loss_chunks: int,
     reserve: int,
     usable: float,
     rt: Runtime,
 ) -> bool:
-    """Whether `rounds` of forward and backward of B sequences fit into `usable` bytes with `reserve` floats.
+    """Whether forward and backward of `micro_steps` micro-batches of B sequences fit into `usable` bytes.
 
-    In the second round the gradients of the first are there, as in training.
+    With `reserve` floats held, and in the second the gradients of the first, as in training.
     """
     torch.cuda.empty_cache()  # what is reserved afterwards is what this trial needed
     chunks = loss_chunks or default_chunks(B * sequence_length, rt.device)
     try:
         reserved = torch.empty(reserve, device=rt.device)
         idx = torch.zeros(B, sequence_length, dtype=torch.int64, device=rt.device)
-        for _ in range(rounds):
+        for _ in range(micro_steps):
             with rt.autocast():
                 loss = model(idx, idx, chunks)[1]
             loss.backward()

@@ -64,8 +64,8 @@ def _advice(status: int, when_busy: str) -> str:
     return f"the Hub is having problems: {when_busy}"
 
 
-def passes(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, tends to go away: no network, a busy Hub, but no wrong token."""
+def is_transient(error: BaseException | None) -> bool:
+    """Whether an error, or its cause, is likely to go away: no network or a busy Hub, but not a bad token."""
     while error is not None:
         if isinstance(error, HfHubHTTPError):
             return error.response.status_code in (*RETRYABLE, *CONFLICTS)

@@ -25,12 +25,12 @@ def default_chunks(n_tokens: int, device: torch.device) -> int:
 class BlockCrossEntropy(torch.autograd.Function):
     """The head and its loss for a CPU, with the gradients computed along the way.
 
-    The logits of a small GPT-2 are by far its largest tensors, and reading them again and again from memory
-    would take longer than the products. Here they are made one block of the vocabulary at a time, small
-    enough for the cache, and left there as exp(logit - largest of the block). What is still to be multiplied
-    by, exp(largest of the block - log-sum-exp of all) for each position, scales the small sides of the two
-    products that form the gradients instead. The target's column, whose gradient is the probability - 1, is
-    left out of both and added in fp32.
+    The logits of a small GPT-2 are by far its largest tensors, and reading them from memory again and again
+    would take longer than the products. So they are made one block of the vocabulary at a time, small enough
+    for the cache, and kept as exp(logit - largest of the block). To become probabilities they still need a
+    factor for each position and block, exp(largest of the block - log-sum-exp of all). It is applied to the
+    (n, C) side of the two products that form the gradients, which is smaller than the logits. The target's
+    column, whose gradient is the probability - 1, is left out of both products and added in fp32.
 
     One chunk of positions at a time, to bound the memory. Nothing is computed twice. Backward scales the
     weight's gradient in place, so it can run only once: torch raises RuntimeError the second time.

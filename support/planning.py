@@ -74,7 +74,7 @@ def memory_bytes(
     """Bytes of tensors on one GPU when a compiled step in 16 bits needs most, at the loss of a micro-batch.
 
     Per parameter 16: fp32 weight, gradient and AdamW's two moments (Rajbhandari et al. 2020, "ZeRO"); 12
-    where Muon has one moment; with `buckets` 4 more, DDP's, which an accumulating process has beside its
+    where Muon has one moment; with `buckets` 4 more, DDP's, which an accumulating process has besides its
     gradients. Matrices once more in 16 bits.
     Activations, as traced from the compiled graph: 36·T·B·d per block (8 for the residual stream in fp32, 16
     for the MLP, 6 for q, k and v, 4 for the inputs of c_attn and c_fc, 2 for attention's output), 4·T·B·d
@@ -142,9 +142,9 @@ def plan(
 
     A GPU costs `price` per hour. A step computes at `mfu` of the GPUs' peak, and at the same rate what
     `recompute` adds, which is planned too where not one sequence fits without. Gradients, 4 bytes per
-    parameter, travel during the backward pass of the last micro-batch, two thirds of its time; the step waits
-    for the rest. It always waits for the token embedding's, the largest, which is complete only when backward
-    ends: its matrix is the head's too.
+    parameter, are all-reduced during the backward pass of the last micro-batch, two thirds of its time; the
+    step waits for the rest. It always waits for the token embedding's, the largest, which is complete only
+    when backward ends: its matrix is the head's too.
     Raises UserError on hardware that is not in the table, or too small for the model or the batch.
     """
     match = re.fullmatch(r"(?:(\d+)x)?(.*)", hardware)
@@ -178,13 +178,13 @@ def plan(
     flops += recompute_flops_per_token(config, sequence_length) if recompute else 0
     compute = total_batch_size * flops / (gpus * gpu.tflops * 1e12 * mfu)
 
-    def travel(n_bytes: float) -> float:
+    def all_reduce(n_bytes: float) -> float:
         between = all_reduce_seconds(n_bytes, nodes, network) if nodes > 1 else 0.0
         return all_reduce_seconds(n_bytes, count, gpu.link) + between
 
     last = 4 * config.vocab_size * config.n_embd
     hidden = 2 / 3 * compute / (sequences // B)
-    exposed = travel(last) + max(0.0, travel(4 * config.n_parameters - last) - hidden)
+    exposed = all_reduce(last) + max(0.0, all_reduce(4 * config.n_parameters - last) - hidden)
     hours = max_steps * (compute + exposed) / 3600
     return Plan(
         gpus=gpus,

@@ -36,6 +36,11 @@ class ModelShape(Protocol):
     dropout: float
 
 
+def is_block_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter of this name is a matrix of a block: not an embedding, a bias or a LayerNorm's."""
+    return parameter.dim() == 2 and not name.endswith(("wte.weight", "wpe.weight"))
+
+
 def without_padding(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
     """A view of a parameter, or of a tensor of its shape, without the embedding's padding rows."""
     return tensor[:vocab_size] if name.endswith("wte.weight") and tensor.dim() == 2 else tensor
@@ -112,7 +117,7 @@ def load(name_or_folder: str | Path, build: Callable[..., nn.Module]) -> nn.Modu
         raise UserError(f"{folder}: config.json describes a model of another shape than the weights")
     with torch.device("meta"):  # no memory, and no initial weights drawn
         model = build(**sizes)
-    _fill(model, tensors, folder)  # to nowhere: checks names and shapes
+    _fill(model, tensors, folder)  # on the meta device this only checks names and shapes
     model.to_empty(device="cpu")
     model.tie_weights()
     _fill(model, tensors, folder)

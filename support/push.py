@@ -64,7 +64,7 @@ def prepare(s: Settings) -> str | None:
             if newest is not None:
                 hub.with_retries(lambda: remote.check_same_run(s.push_to_hub, there, s.out_dir))
     except UserError as error:
-        if newest is None or not hub.passes(error):
+        if newest is None or not hub.is_transient(error):
             raise
         print(f"warning: {error}")
         print(f"continuing from {s.out_dir}: its checkpoints are sent once the Hub answers")
@@ -122,7 +122,7 @@ def _bring_back(s: Settings, there: Remote) -> None:
         files.make_folder(arriving)
         lock = files.lock_folder(s.out_dir)
         if lock is None:
-            raise UserError(f"{s.out_dir}: another process is training into it: wait for it to end")
+            raise UserError(f"{s.out_dir}: another process is training in it: wait for it to end")
         try:
             for file in [*wanted, *record]:
                 _fetch(s.push_to_hub, there.sha, file, arriving)
@@ -162,7 +162,7 @@ def _check_arrived(repo_id: str, arriving: Path, folders: list[Path]) -> None:
 class Pusher:
     """Sends a run's checkpoints from a thread; failures are tried again, and never end the run.
 
-    The main thread only leaves word of what to send. What was not yet sent when the next arrives is skipped.
+    The main thread only says what to send. A checkpoint still waiting when the next one arrives is skipped.
     """
 
     def __init__(self, s: Settings, head: str | None, newest: Path | None, silent: bool = False) -> None:
@@ -249,13 +249,13 @@ class Pusher:
                     pause, reported = FIRST_WAIT, ""
                     continue
                 reason = str(failure) if isinstance(failure, UserError) else repr(failure)
-                kind = "outage" if hub.passes(failure) else reason
+                kind = "outage" if hub.is_transient(failure) else reason
                 if kind != reported:  # once an outage, not once an attempt
                     self.failures.append(f"{folder.name} not sent: {reason}")
                     print(f"warning: {self.failures[-1]}")
                 if self.wanted is None:
                     self.wanted = folder
-                    if self.closing and not hub.passes(failure):
+                    if self.closing and not hub.is_transient(failure):
                         return
                     self.changed.wait(pause)
             pause, reported = min(2 * pause, LONGEST_WAIT), kind

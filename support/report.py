@@ -34,17 +34,23 @@ class ModelConfig(Protocol):
 
 
 def at_start(
-    s: Settings, rt: Runtime, config: ModelConfig, sequences: int, B: int, rounds: int, steps_done: int
+    s: Settings,
+    rt: Runtime,
+    config: ModelConfig,
+    sequences: int,
+    B: int,
+    accumulation_steps: int,
+    steps_done: int,
 ) -> None:
     """Print what is about to be trained, on which data and machine.
 
-    sequences: in the training data. B: the micro-batch. rounds: accumulation steps.
+    sequences: in the training data. B: the micro-batch.
     """
     T, compiled = s.sequence_length, "compiled" if s.compile else "not compiled"
     head_size = config.n_embd // config.n_head
     attention = hardware.attention_backend(rt, config.n_head, head_size, T, config.dropout)
     processes = f"{rt.world_size} process{'es' * (rt.world_size > 1)}"
-    accumulation = f"{rounds} accumulation step{'s' * (rounds > 1)}"
+    accumulation = f"{accumulation_steps} accumulation step{'s' * (accumulation_steps > 1)}"
     rt.say(f"model      {config.n_parameters:,} parameters: {s.init_from}, {config}")
     rt.say(f"data       {s.data_dir}: {sequences * T:,} training tokens")
     rt.say(f"batch      {s.total_batch_size:,} tokens = {B} x {T} x {processes} x {accumulation}")

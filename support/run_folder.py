@@ -47,7 +47,7 @@ def claim(s: Settings) -> tuple[Path | None, FileLock]:
     """Lock the folder for this run; returns the checkpoint to resume from, if any, and the lock.
 
     Raises UserError if the folder holds a run and neither --resume nor --overwrite says what to do with it,
-    if that run began with other weights, if another process is training into it, or if it cannot be written.
+    if that run began with other weights, if another process is training in it, or if it cannot be written.
     """
     out_dir = s.out_dir
     names = (
@@ -68,7 +68,7 @@ def claim(s: Settings) -> tuple[Path | None, FileLock]:
             f"--out-dir {out_dir}: cannot be written ({error.strerror}): name another folder"
         ) from error
     if lock is None:
-        raise UserError(f"{out_dir}: another process is training into it: wait, or use another --out-dir")
+        raise UserError(f"{out_dir}: another process is training in it: wait, or use another --out-dir")
     if s.overwrite:
         for path in existing:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

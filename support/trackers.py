@@ -2,8 +2,8 @@
 
     --track tensorboard,wandb,trackio
 
-A resumed run continues its run in the tracker. Of a killed run TensorBoard forgets the steps that are done
-again; the other two show them twice, with the same values.
+A resumed run continues its run in the tracker. After a kill TensorBoard drops the steps that the resumed run
+repeats; the other two show them twice, with the same values.
 """
 
 import importlib.util

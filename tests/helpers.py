@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from support import checkpoint
+from support.cli import flags as as_flags  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="needs the signals, terminals, links or pipes of POSIX")
@@ -37,15 +38,6 @@ TINY = {
     "device": "cpu",
     "dtype": "float32",
 }
-
-
-def as_flags(values: dict[str, object]) -> list[str]:
-    """Settings as a user types them: {"n_layer": 2, "resume": True} -> ["--n-layer", "2", "--resume"]."""
-    flags = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        flags += [flag if value else "--no" + flag[1:]] if isinstance(value, bool) else [flag, str(value)]
-    return flags
 
 
 def write_shard(path: Path, n_tokens: int, seed: int = 0) -> Path:

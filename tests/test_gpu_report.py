@@ -106,7 +106,7 @@ def test_speed(part: Part) -> None:
 
 def test_ceilings_are_rates(part: Part) -> None:
     rt = gpu_parts.runtime.start("cpu", "float32")
-    found = gpu_parts.ceilings(rt, tiny=True)
+    found = gpu_parts.peak_rates(rt, tiny=True)
     assert 0 < found["product_tflops"] < 100 and 0 < found["copy_gb_per_sec"] < 10_000
 
 
@@ -116,7 +116,7 @@ def test_a_peer_trained_from_the_same_weights_on_the_same_batches(part: Part, tm
     folder.mkdir()
     (folder / "train_gpt2.py").write_text(PEER)
     part.s.peer = [folder]
-    gpu_runs.beside_peers(part)
+    gpu_runs.compare_trainers(part)
     results = noted(part)
     assert [row["side"] for row in results["speed"]] == ["ours", "peer"]
     assert all(row["tokens_per_sec"] > 0 for row in results["rounds"])

@@ -213,7 +213,7 @@ def test_a_second_run_in_one_folder_is_refused(run: Run, expected: Expected) -> 
     row.injected += 1
     second = run.finish()
     assert second.returncode == 2
-    assert "another process is training into it" in second.stderr
+    assert "another process is training in it" in second.stderr
     process.communicate(timeout=120)
     assert process.returncode == 0
     run.check(expected)

@@ -1,6 +1,6 @@
-"""A training step and sampling beside other trainers, in turn, on this machine.
+"""A training step and sampling compared with other trainers', in turn, on this machine.
 
-    python benchmarks/beside_peers.py --peer build-nanogpt nanoGPT --dtype float32
+    python benchmarks/compare_trainers.py --peer build-nanogpt nanoGPT --dtype float32
 
 Each --peer is a folder with build-nanogpt's train_gpt2.py or nanoGPT's model.py. Each side runs in processes
 of its own, A B C A B C, with GPT-2 124M, random weights and equal batches. On a GPU benchmarks/gpu_report.py
@@ -58,7 +58,7 @@ def sampling_speed(folder: Path | None, new_tokens: int) -> float:
 
 
 def main() -> None:
-    s = cli.parse(Settings, "A training step and sampling beside other trainers.")
+    s = cli.parse(Settings, "Compare a training step and sampling with other trainers'.")
     step = bench.Settings(
         micro_batch_size=s.micro_batch_size, device="cpu", dtype=s.dtype, data_dir=s.data_dir, steps=3
     )
