@@ -17,15 +17,16 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -194,7 +195,8 @@ def measure(s: Settings) -> dict[str, object]:
     p = PRESETS[s.preset]
     B = s.micro_batch_size or 1
     if rt.device.type == "cuda" and not s.micro_batch_size:
-        B = hardware.largest_micro_batch(model, T, 64, s.loss_chunks, name, rt)
+        sequences = max(1, p.total_batch_size // T)  # as in training on one GPU
+        B = hardware.largest_micro_batch(model, T, sequences, s.loss_chunks, name, rt)
     loss_chunks = s.loss_chunks or loss.default_chunks(B * T, rt.device)
     optimizers = optim.build_optimizers(
         model, name, p.learning_rate, p.embedding_lr_ratio, p.weight_decay, p.adam_beta2
@@ -291,11 +293,14 @@ def override(s: Settings, text: str) -> Settings:
     return side
 
 
-def measure_apart(s: Settings) -> dict[str, object]:
-    """`measure` in a process of its own, with its own memory and compiled code."""
+def measure_apart(s: Settings, environment: Mapping[str, str] = MappingProxyType({})) -> dict[str, object]:
+    """`measure` in a process of its own, with its own memory and compiled code.
+
+    environment: variables to add to this process's.
+    """
     single = dataclasses.replace(s, compare=None, sweep=False, json=True)
     command = [sys.executable, __file__, *cli.flags(vars(single))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
         raise UserError(cli.last_error(done.stderr))
     return json.loads(done.stdout)

@@ -183,10 +183,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """Approximately U·V' of each of `matrices` (n, rows, columns), its singular value decomposition U·S·V'.
 
     Newton–Schulz: five steps of the quintic of Jordan et al. 2024 bring every singular value to between
-    about 0.7 and 1.2; in bf16 on a GPU, in fp32 elsewhere, which is the dtype of the result. Tall matrices
-    are better given transposed: the products are rows x rows.
+    about 0.7 and 1.2; in bf16 on GPUs that have it, in fp32 elsewhere, which is the dtype of the result. Tall
+    matrices are better given transposed: the products are rows x rows.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    in_bf16 = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.bfloat16() if in_bf16 else matrices.float()
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         gram = torch.bmm(x, x.mT)

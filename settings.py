@@ -272,11 +272,12 @@ def read_settings(args: list[str] | None = None) -> Settings:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A flag without its value is left for the full parser to report.
     first.add_argument("--preset", nargs="?", default="gpt2-124m", const="gpt2-124m")
-    first.add_argument("--device", nargs="?", default="auto", const="auto")
+    first.add_argument("--device", nargs="?")
     known, _ = first.parse_known_args(args)
     if known.preset in PRESETS:
-        compiled = runtime.compiles_by_default(known.device)
-        defaults = dataclasses.replace(PRESETS[known.preset], preset=known.preset, compile=compiled)
+        preset = PRESETS[known.preset]
+        compiled = runtime.compiles_by_default(known.device or preset.device)
+        defaults = dataclasses.replace(preset, preset=known.preset, compile=compiled)
     else:
         defaults = settings_from_config(Path(known.preset))
     parsed = cli.parse(CommandLine, "Train GPT-2 from scratch.", default=in_groups(defaults), args=args)

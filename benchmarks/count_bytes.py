@@ -42,7 +42,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.fx import GraphModule
 
 from model import GPT, GPTConfig
@@ -126,7 +126,7 @@ def partition(graph: GraphModule, *args: object, **kwargs: object) -> tuple[Grap
 def main() -> None:
     s = parse(Settings, description=__doc__)
     if not HAS_TRITON:
-        raise UserError("triton is not installed: pip install --no-deps triton, beside torch for the CPU too")
+        raise UserError("triton is not installed: pip install --no-deps triton, also with torch for the CPU")
     config.compile_threads, config.joint_graph_constant_folding = 1, False
     count_large_tensors_whole()
     totals: list[float] = []
@@ -136,8 +136,14 @@ def main() -> None:
         partition_fn=partition,
         decompositions=select_decomp_table(),
     )
-    with FakeTensorMode(allow_non_fake_inputs=True) if HAS_GPU else pretend_a_gpu():
-        model = GPT(GPTConfig(padded_vocab_size=50304)).to("cuda")
+    gpu = FakeTensorMode(allow_non_fake_inputs=True) if HAS_GPU else pretend_a_gpu()
+    shape = GPTConfig(padded_vocab_size=50304)
+    if HAS_GPU:
+        with FakeCopyMode(gpu):
+            model = copy.deepcopy(GPT(shape).to("cuda"))
+    with gpu:
+        if not HAS_GPU:
+            model = GPT(shape).to("cuda")
         idx = torch.zeros(s.micro_batch_size, model.config.block_size, dtype=torch.int64, device="cuda")
         with torch.autocast("cuda", torch.bfloat16):
             _, loss = torch.compile(model, backend=backend, fullgraph=True)(idx, idx, s.loss_chunks)

@@ -33,6 +33,8 @@ from support.runtime import Runtime
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = PRESETS["gpt2-124m"]
+# Environment variables with which torch.compile takes longer, to find faster kernels.
+INDUCTOR_OPTIONS = ("TORCHINDUCTOR_COORDINATE_DESCENT_TUNING", "TORCHINDUCTOR_MAX_AUTOTUNE")
 # In place of GPT-2 124M in a try-out: enough to call every part, small enough for a CPU.
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "sequence_length": 64}
 
@@ -85,9 +87,9 @@ class Part:
         except Exception as error:  # anything may go wrong on a machine that nobody has tried
             traceback.print_exc()
             text = " ".join(str(error).split())
-            self.note(
-                name, {"failed": text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"}
-            )
+            text = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+            noted = self.results.get(name)  # what `work` itself has noted stays
+            self.note(name, {**(noted if isinstance(noted, dict) else {}), "failed": text})
             return None
         self.note(name, value)
         return value
@@ -313,18 +315,19 @@ def sweep(part: Part, B: int) -> Iterator[dict[str, object]]:
     changes = [{}, *({"attention": name} for name in ("flash", "cudnn", "efficient"))]
     changes += [{"micro_batch_size": size} for size in (B // 2, B // 4, 2 * B) if size]
     changes += [{"compile": False}, {"loader": "int64", "sync": True}, {"loss_chunks": 1}]
+    changes += [{name: "1"} for name in INDUCTOR_OPTIONS]
     slowest = 0.0
     for change in changes[: 1 if part.s.tiny else None]:
         begin = time.monotonic()
         if part.left < 1.2 * slowest:
             return
-        s = part.bench(**{"micro_batch_size": B, **change})
+        options = {name: value for name, value in change.items() if name in INDUCTOR_OPTIONS}
+        s = part.bench(**{"micro_batch_size": B, **{k: v for k, v in change.items() if k not in options}})
         row = {"micro_batch": s.micro_batch_size, "attention": s.attention, "compiled": s.compile}
-        row["other"] = " ".join(
-            f"{k}={v}" for k, v in change.items() if k in ("loader", "sync", "loss_chunks")
-        )
+        shown = set(change) - {"micro_batch_size", "attention", "compile"}
+        row["other"] = " ".join(f"{name}={change[name]}" for name in change if name in shown)
         try:
-            result = bench.measure_apart(s)
+            result = bench.measure_apart(s, options)
             row |= {key: result[key] for key in ("tokens_per_sec", "mfu", "memory_gb")}
         except UserError as error:
             row["failed"] = str(error)

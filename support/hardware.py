@@ -87,8 +87,8 @@ def attention_backend(
 ) -> str:
     """The kernel that scaled_dot_product_attention picks for these shapes: flash, cudnn, efficient, math.
 
-    torch decides by device, precision and its own version: cuDNN on Hopper, flash on other GPUs and on CPUs;
-    with dropout math on CPUs, which stores the probabilities.
+    torch decides by device, precision and versions: a recent cuDNN on Hopper (as from torch 2.11 on), else
+    flash, also on CPUs; with dropout math on CPUs, which stores the probabilities.
     """
     if rt.device.type not in ("cpu", "cuda"):
         return "default"
@@ -196,6 +196,7 @@ def largest_micro_batch(
 
     best = largest_power_of_two(fits, min(limit, 128))
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(rt.device)  # the run's own peak is what is reported
     best = int(rt.all_reduce(torch.tensor(best, device=rt.device), "MIN"))
     if best == 0:
         raise UserError(

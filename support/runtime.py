@@ -32,6 +32,9 @@ AGENT_INTERVAL = 1.0  # seconds between looks at whether torchrun is still there
 MPS_NEEDS = (2, 13)
 
 
+TRITON_NEEDS = (7, 0)  # the lowest compute capability that torch.compile accepts
+
+
 class Stopped(Exception):
     """A signal has cut work off that a resumed run will do again."""
 
@@ -272,6 +275,11 @@ def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
             raise UserError(
                 f"--device {device}: torch {torch.__version__} finds no CUDA device: use --device cpu"
             )
+        if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"--device {device}: all processes would share that GPU: --device cuda gives each its own, "
+                "and CUDA_VISIBLE_DEVICES chooses them"
+            )
         index = local_rank if chosen.index is None else chosen.index
         if index >= torch.cuda.device_count():
             raise UserError(
@@ -325,17 +333,28 @@ def _macos_version() -> tuple[int, ...]:
 
 
 def compiles_by_default(device: str) -> bool:
-    """Whether --compile is on by default for this --device: on CUDA, if what it needs is installed."""
-    return _is_on_cuda(device) and _has_triton()
+    """Whether --compile is on by default for this --device: on CUDA, where it can work."""
+    return _is_on_cuda(device) and _why_not_compile() == ""
 
 
 def check_compile(compiled: bool, device: str) -> None:
     """Raise UserError if --compile cannot work on this --device."""
-    if compiled and _is_on_cuda(device) and not _has_triton():
-        raise UserError(
-            "--compile: needs Triton, which comes with torch on Linux only: --no-compile, or on Windows use "
-            "WSL, or pip install triton-windows"
+    if compiled and _is_on_cuda(device) and (reason := _why_not_compile()):
+        raise UserError(f"--compile: {reason}")
+
+
+def _why_not_compile() -> str:
+    """What stands in the way of torch.compile on the GPU here, and what to do; empty if nothing does."""
+    if not _has_triton():
+        return (
+            "needs Triton, which comes with torch on Linux only: --no-compile, or on Windows use WSL, or "
+            "pip install triton-windows"
         )
+    capability = torch.cuda.get_device_capability(0)
+    if torch.version.hip is None and capability < TRITON_NEEDS:  # ROCm has other numbers
+        have = f"sm_{capability[0]}{capability[1]}"
+        return f"needs a GPU of sm_70 (V100) or newer, and this one is {have}: --no-compile"
+    return ""
 
 
 def _is_on_cuda(device: str) -> bool:

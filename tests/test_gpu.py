@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from helpers import TINY, as_flags, command, environment, history, run_script
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -45,6 +46,13 @@ def full_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One test at a time on the GPU, of whose memory some take all; pytest's workers run side by side."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "gpu.lock"):
+        yield
 
 
 def make(device: torch.device, padded: int = 0, spread: float = 0.0) -> GPT:
@@ -261,6 +269,7 @@ def test_killed_and_resumed(data_dir: Path, tmp_path: Path) -> None:
     settings = {
         **TINY, "max_steps": 200, "val_interval": 0, "checkpoint_interval": 20, "data_dir": data_dir,
         "device": DEVICE.type, "compile": False, "resume": True,
+        "reload_checkpoints": True,  # waits for each; else a fast GPU is done before the first is written
     }  # fmt: skip
     whole, killed = (
         ["train_gpt2.py", "--preset", "demo", *as_flags({**settings, "out_dir": tmp_path / name})]

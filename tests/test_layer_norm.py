@@ -1,13 +1,19 @@
 """LayerNorm as it is compiled for a GPU, here on a CPU, against torch's own."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.backends.distributed import DDPOptimizer
 
-from support.layer_norm import layer_norm
+from model import GPT, GPTConfig
+from support.layer_norm import LayerNorm, layer_norm
+from support.runtime import Runtime
 
 EPS = 1e-5
 
@@ -50,3 +56,47 @@ def test_compiled_it_equals_torchs_to_the_bit(dtype: torch.dtype) -> None:
     found, expected = (results(layers(norm), torch.float32) for norm in (ours, torchs))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_in_the_graphs_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP has a compiled graph cut at its buckets, between and not through what this LayerNorm compiles to.
+
+    The gradients of an accumulated step are those of the model as it is.
+    """
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    gpus_path = lambda self, x: layer_norm(x, self.weight, self.bias, self.eps)  # noqa: E731
+    whole_graph, buckets = DDPOptimizer.compile_fn, []
+
+    def split(self: DDPOptimizer, *args: object, **kwargs: object) -> object:
+        compiled = whole_graph(self, *args, **kwargs)
+        buckets.extend(self.buckets)
+        return compiled
+
+    monkeypatch.setattr(DDPOptimizer, "compile_fn", split)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 500, n_layer=4, n_head=2, n_embd=512, padded_vocab_size=512))
+    batches = torch.randint(500, (2, 2, 2, 16))  # micro-batches of inputs and targets
+    rt = Runtime(torch.device("cpu"), torch.bfloat16, world_size=2)
+
+    def gradients(train_model: nn.Module) -> list[Tensor]:
+        for number, (x, y) in enumerate(batches):
+            local = hasattr(train_model, "no_sync") and number == 0
+            with train_model.no_sync() if local else contextlib.nullcontext(), rt.autocast():
+                loss = train_model(x, y)[1]
+            loss.backward()
+        found = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        return found
+
+    expected = gradients(model)
+    monkeypatch.setattr(LayerNorm, "forward", gpus_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = gradients(rt.wrap(model, compiled=True)[0])
+    finally:
+        dist.destroy_process_group()
+        torch.compiler.reset()
+    assert len(buckets) > 2
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()

@@ -240,24 +240,52 @@ def test_several_gpus_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime.start("auto", "float16")
 
 
-@pytest.mark.parametrize("triton", [True, False])
-def test_without_triton_nothing_is_compiled(triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("triton", "capability", "problem"),
+    [
+        (True, (7, 0), ""),
+        (False, (8, 0), "needs Triton.*--no-compile"),
+        (True, (6, 0), "needs a GPU of sm_70 .V100. or newer, and this one is sm_60: --no-compile"),  # P100
+    ],
+)
+def test_where_a_gpu_can_not_be_compiled_for(
+    triton: bool, capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object() if triton else None)
     s = settings.read_settings(["--preset", "gpt2-124m"])
-    assert s.compile == triton and not settings.read_settings(["--device", "cpu"]).compile
+    assert s.compile == (not problem) and not settings.read_settings(["--device", "cpu"]).compile
     settings.check_settings(s, 1)
     asked = settings.read_settings(["--compile"])
     settings.check_settings(settings.read_settings(["--compile", "--device", "cpu"]), 1)
-    if triton:
+    if not problem:
         settings.check_settings(asked, 1)
         return
     for check in (
         lambda: settings.check_settings(asked, 1),
         lambda: bench.check_settings(bench.Settings(compile=True)),
     ):
-        with pytest.raises(UserError, match=r"--compile: needs Triton.*--no-compile"):
+        with pytest.raises(UserError, match=f"--compile: {problem}"):
             check()
+
+
+def test_what_trains_on_a_cpu_is_not_compiled_for_the_gpu_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "compiles_by_default", lambda device: device != "cpu")
+    assert not settings.read_settings(["--preset", "demo"]).compile
+    assert settings.read_settings(["--preset", "demo", "--device", "cuda"]).compile
+    assert settings.read_settings(["--preset", "rehearsal"]).compile
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(driver, "check_architecture", lambda device: None)
+    assert runtime._pick_device("cuda:1", 0, 1) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert runtime._pick_device("cuda", 1, 2) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"--device cuda:1: all processes.*--device cuda.*CUDA_VISIBLE"):
+        runtime._pick_device("cuda:1", 0, 2)
 
 
 # ---------------------------------------------------------------- GPUs of others

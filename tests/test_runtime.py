@@ -119,6 +119,7 @@ class Machine:
         self.weight = torch.nn.Parameter(torch.zeros(2, 2))
         empty = torch.empty
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(self, "reserved", 0.0))
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total, total))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.reserved)
         monkeypatch.setattr(torch, "empty", lambda n, device: self.take(4 * n) or empty(0))
