@@ -35,6 +35,7 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.utils import detect_fake_mode
 from torch._inductor import config, debug, scheduler, utils
 from torch._inductor.decomposition import select_decomp_table
@@ -55,6 +56,8 @@ class Settings:
     """Sequences in a micro-batch, of 1,024 tokens."""
     loss_chunks: int = 4
     """Chunks of the loss."""
+    bucket_mb: int = 0
+    """Cut the graph as DDP does for its buckets of so many MiB. 0: do not, as on one GPU."""
 
 
 def pretend_a_gpu() -> AbstractContextManager:
@@ -136,6 +139,8 @@ def main() -> None:
         partition_fn=partition,
         decompositions=select_decomp_table(),
     )
+    if s.bucket_mb:
+        backend = DDPOptimizer(s.bucket_mb * 2**20, backend).compile_fn
     gpu = FakeTensorMode(allow_non_fake_inputs=True) if HAS_GPU else pretend_a_gpu()
     shape = GPTConfig(padded_vocab_size=50304)
     if HAS_GPU:

@@ -27,6 +27,9 @@ T = TypeVar("T")
 FETCH_TIMEOUT = timedelta(hours=6)
 STEP_TIMEOUT = timedelta(minutes=15)
 AGENT_INTERVAL = 1.0  # seconds between looks at whether torchrun is still there
+# DDP's buckets of gradients, in MiB. A compiled graph is cut at them, and nothing is fused across a cut: with
+# torch's 25 a micro-step of GPT-2 124M moves 5.7 % more bytes than uncut, with 64 1.0 % (BENCHMARKS.md).
+BUCKET_MB = 64
 # The oldest torch for Apple's GPUs: before, attention gave wrong results there for some shapes of queries and
 # masks (pytorch/pytorch#181151, #184180).
 MPS_NEEDS = (2, 13)
@@ -166,7 +169,9 @@ class Runtime:
         """The modules to call in training (with DDP if there are several processes) and in validation."""
         train_model: nn.Module = model
         if self.world_size > 1:
-            train_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            train_model = DistributedDataParallel(
+                model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB
+            )
         if not compiled:
             return train_model, model
         eval_model = torch.compile(model)

@@ -32,7 +32,7 @@ OTHERS = {
     "--minutes", "--tiny", "--peer", "--only", "--out", "--processes", "--lengths", "--rungs", "--recipes",
     "--seeds", "--jobs", "--results", "--report", "--shm-size", "--data", "--prompt-tokens", "--limit",
     "--rounds", "--depth", "--model_args", "--tasks", "--batch_size", "--outfile", "--outtype", "--task",
-    "--stop-timeout",
+    "--stop-timeout", "--bucket-mb",
 }  # fmt: skip
 
 
