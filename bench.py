@@ -79,7 +79,7 @@ class Settings:
     sync: bool = False
     """Wait for the device after each step, as older scripts do."""
     compile: bool = False
-    """Compile the model. On by default on CUDA, where Triton is installed."""
+    """Compile the model. On by default on CUDA, with Triton and a V100 or newer."""
     recompute: bool = False
     """Activation checkpointing. --plan also uses it where nothing fits without."""
     device: str = "auto"
@@ -195,7 +195,8 @@ def measure(s: Settings) -> dict[str, object]:
     p = PRESETS[s.preset]
     B = s.micro_batch_size or 1
     if rt.device.type == "cuda" and not s.micro_batch_size:
-        sequences = max(1, p.total_batch_size // T)  # as in training on one GPU
+        # As in training on one GPU, if that T suits the preset's step.
+        sequences = 64 if p.total_batch_size % T else p.total_batch_size // T
         B = hardware.largest_micro_batch(model, T, sequences, s.loss_chunks, name, rt)
     loss_chunks = s.loss_chunks or loss.default_chunks(B * T, rt.device)
     optimizers = optim.build_optimizers(
@@ -373,7 +374,7 @@ def show_plan(s: Settings) -> None:
 
 
 def main() -> None:
-    defaults = Settings(compile=runtime.compiles_by_default("auto"))
+    defaults = Settings(compile=runtime.compiles_by_default(cli.given("device") or "auto"))
     s = cli.parse(Settings, "Time training on this machine, or plan a run on another.", default=defaults)
     check_settings(s)
     if s.plan:

@@ -34,7 +34,7 @@ class Settings:
     model: str = "log"
     """A run (RUN:best: its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a Hub name."""
     prompt: str | None = None
-    """Text to continue; - reads standard input. Default: a prompt loop, or without a terminal no text."""
+    """Text to continue; - reads standard input. Default: a prompt loop; with no terminal, an empty prompt."""
     num_samples: int = 3
     """Samples per prompt."""
     max_new_tokens: int = 64

@@ -273,7 +273,7 @@ class Settings:
     model: str = "log"
     """A run (RUN:best: its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a Hub name."""
     data: Path | None = None
-    """A file of examples, .jsonl or the Hub's .parquet. Default: the published, fetched once."""
+    """A file of examples, .jsonl or the Hub's .parquet. Default: the published ones, fetched once."""
     limit: int = 0
     """Use only the first N examples. 0: all."""
     style: Style = "completion"

@@ -1,6 +1,5 @@
 """The settings of a training run: what they mean, the presets, and checks before anything is touched."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -110,7 +109,7 @@ class EvaluationSettings:
     hellaswag_interval: int = 1000
     """Steps between HellaSwag evaluations; also before the first step and after the last. 0: none."""
     hellaswag_data: str = ""
-    """A file of HellaSwag examples, .jsonl or the Hub's .parquet. Default: the published, fetched once."""
+    """HellaSwag examples, .jsonl or the Hub's .parquet. Default: the published ones, fetched once."""
     sample_interval: int = 1000
     """Steps between samples. 0: only at the end."""
     checkpoint_interval: int = 500
@@ -134,7 +133,7 @@ class MachineSettings:
     dtype: Dtype = "auto"
     """Precision of matrix products. auto: bfloat16 if the hardware has it, else float16 (GPU) or float32."""
     compile: bool = False
-    """Compile the model. On by default on CUDA, where Triton is installed."""
+    """Compile the model. On by default on CUDA, with Triton and a V100 or newer."""
     recompute: bool = False
     """Activation checkpointing: compute each block again in backward. Far less memory, a fifth more work."""
     track: str = ""
@@ -176,8 +175,8 @@ SHAPE = ("block_size", "n_layer", "n_head", "n_embd")
 REFERENCE = Settings()
 # Published for this data and 10B tokens: loss 3.021, where the reference recipe ends at 3.066 (garg-aayush).
 TUNED = dataclasses.replace(REFERENCE, learning_rate=1.8e-3, warmup_steps=285)
-# Half of the reference's tokens. Small models of this architecture need 0.36 to 0.42 of them to reach the
-# reference's loss; that half is enough at 124M is an estimate (BENCHMARKS.md, "Recipes"): published runs,
+# Half of the reference's tokens. Small models of this architecture reach its loss with 0.36 to 0.42 of its
+# tokens; that half is enough at 124M is an estimate (BENCHMARKS.md, "Recipes"): published runs,
 # with rotary positions and on FineWeb, need 0.58 to 0.66 of tuned AdamW's steps. Both learning rates and the
 # missing warm-up are those of modded-nanogpt's early Muon record; the long cooldown and beta2 are from our
 # small models.
@@ -269,17 +268,13 @@ PRESETS = {
 
 def read_settings(args: list[str] | None = None) -> Settings:
     """Settings from the command line: a preset's, overridden by the flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    # A flag without its value is left for the full parser to report.
-    first.add_argument("--preset", nargs="?", default="gpt2-124m", const="gpt2-124m")
-    first.add_argument("--device", nargs="?")
-    known, _ = first.parse_known_args(args)
-    if known.preset in PRESETS:
-        preset = PRESETS[known.preset]
-        compiled = runtime.compiles_by_default(known.device or preset.device)
-        defaults = dataclasses.replace(preset, preset=known.preset, compile=compiled)
+    name = cli.given("preset", args) or "gpt2-124m"
+    if name in PRESETS:
+        preset = PRESETS[name]
+        compiled = runtime.compiles_by_default(cli.given("device", args) or preset.device)
+        defaults = dataclasses.replace(preset, preset=name, compile=compiled)
     else:
-        defaults = settings_from_config(Path(known.preset))
+        defaults = settings_from_config(Path(name))
     parsed = cli.parse(CommandLine, "Train GPT-2 from scratch.", default=in_groups(defaults), args=args)
     s = Settings(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     for name in SHAPE:

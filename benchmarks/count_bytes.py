@@ -5,7 +5,7 @@
 
 Compiles forward and backward of GPT-2 in bf16 for an A100, or for the GPU that is here, and prints what their
 kernels read and write; what one kernel reads twice counts once. Nothing is run. Without a GPU it needs a C++
-compiler, for the fake device of the tests, and Triton beside torch: `pip install --no-deps triton`.
+compiler, for the fake device of the tests, and Triton: `pip install --no-deps triton`.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Tokens/s of sampling, of transformers, without a cache, and the most that memory bandwidth allows.
+"""Tokens/s of our sampling, with and without a cache, of transformers', and the most that memory allows.
 
     python benchmarks/generation.py                       # GPT-2 124M with random weights
     python benchmarks/generation.py --model gpt2 --new-tokens 128

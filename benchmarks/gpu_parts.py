@@ -315,13 +315,14 @@ def sweep(part: Part, B: int) -> Iterator[dict[str, object]]:
     changes = [{}, *({"attention": name} for name in ("flash", "cudnn", "efficient"))]
     changes += [{"micro_batch_size": size} for size in (B // 2, B // 4, 2 * B) if size]
     changes += [{"compile": False}, {"loader": "int64", "sync": True}, {"loss_chunks": 1}]
-    changes += [{name: "1"} for name in INDUCTOR_OPTIONS]
+    if part.bench().compile:
+        changes += [{name: "1"} for name in INDUCTOR_OPTIONS]
     slowest = 0.0
     for change in changes[: 1 if part.s.tiny else None]:
         begin = time.monotonic()
-        if part.left < 1.2 * slowest:
-            return
         options = {name: value for name, value in change.items() if name in INDUCTOR_OPTIONS}
+        if part.left < (4 if options else 1.2) * slowest:
+            return
         s = part.bench(**{"micro_batch_size": B, **{k: v for k, v in change.items() if k not in options}})
         row = {"micro_batch": s.micro_batch_size, "attention": s.attention, "compiled": s.compile}
         shown = set(change) - {"micro_batch_size", "attention", "compile"}

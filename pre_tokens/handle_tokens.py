@@ -43,7 +43,7 @@ class Settings:
     name: str = ""
     """File name prefix of the shards. Empty: edufineweb or builtin, else the name of --out-dir."""
     shard_size: int = 0
-    """Tokens per shard; the first shard is for validation. 0: 60,000 for builtin, else 100 million, of --files and --repo-id a hundredth (1,025 to 100 million) for validation."""  # noqa: E501
+    """Tokens per shard; the first shard is for validation. 0: 60,000 for builtin, else 100 million; with --files or --repo-id validation gets a hundredth of the text, 1,025 to 100 million."""  # noqa: E501
     workers: int = 0
     """Encoding threads. 0: one per core."""
 

@@ -1,5 +1,6 @@
 """How every script parses its flags and reports a user's mistakes."""
 
+import argparse
 import contextlib
 import errno
 import io
@@ -48,6 +49,13 @@ def parse(
     begin = is_rule.index(False)
     end = is_rule.index(True, begin)
     raise UserError(f"{' '.join(lines[begin:end]).removesuffix('.')}: see --help")
+
+
+def given(name: str, args: Sequence[str] | None = None) -> str | None:
+    """The value of a flag on the command line, where it decides how the others are read; None without one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", nargs="?")  # one without a value is left for `parse` to report
+    return getattr(parser.parse_known_args(args)[0], name)
 
 
 def flag(name: str, value: object) -> str:

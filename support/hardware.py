@@ -87,8 +87,9 @@ def attention_backend(
 ) -> str:
     """The kernel that scaled_dot_product_attention picks for these shapes: flash, cudnn, efficient, math.
 
-    torch decides by device, precision and versions: a recent cuDNN on Hopper (as from torch 2.11 on), else
-    flash, also on CPUs; with dropout math on CPUs, which stores the probabilities.
+    torch decides by device, precision and versions: on H100 and B200 cuDNN if it is recent (torch 2.11 and
+    later have one), else flash from Ampere on, and efficient before. On CPUs flash, with dropout math, which
+    stores the probabilities.
     """
     if rt.device.type not in ("cpu", "cuda"):
         return "default"
@@ -232,7 +233,7 @@ def _fits(
 ) -> bool:
     """Whether forward and backward of `micro_steps` micro-batches of B sequences fit into `usable` bytes.
 
-    With `reserve` floats held, and in the second the gradients of the first, as in training.
+    With `reserve` floats held, and in the second micro-batch the gradients of the first, as in training.
     """
     torch.cuda.empty_cache()  # what is reserved afterwards is what this trial needed
     chunks = loss_chunks or default_chunks(B * sequence_length, rt.device)

@@ -33,8 +33,6 @@ BUCKET_MB = 64
 # The oldest torch for Apple's GPUs: before, attention gave wrong results there for some shapes of queries and
 # masks (pytorch/pytorch#181151, #184180).
 MPS_NEEDS = (2, 13)
-
-
 TRITON_NEEDS = (7, 0)  # the lowest compute capability that torch.compile accepts
 
 
@@ -339,23 +337,26 @@ def _macos_version() -> tuple[int, ...]:
 
 def compiles_by_default(device: str) -> bool:
     """Whether --compile is on by default for this --device: on CUDA, where it can work."""
-    return _is_on_cuda(device) and _why_not_compile() == ""
+    return _is_on_cuda(device) and _why_not_compile(device) == ""
 
 
 def check_compile(compiled: bool, device: str) -> None:
     """Raise UserError if --compile cannot work on this --device."""
-    if compiled and _is_on_cuda(device) and (reason := _why_not_compile()):
+    if compiled and _is_on_cuda(device) and (reason := _why_not_compile(device)):
         raise UserError(f"--compile: {reason}")
 
 
-def _why_not_compile() -> str:
-    """What stands in the way of torch.compile on the GPU here, and what to do; empty if nothing does."""
+def _why_not_compile(device: str) -> str:
+    """What stands in the way of torch.compile on this --device, and what to do; empty if nothing does."""
     if not _has_triton():
         return (
             "needs Triton, which comes with torch on Linux only: --no-compile, or on Windows use WSL, or "
             "pip install triton-windows"
         )
-    capability = torch.cuda.get_device_capability(0)
+    index = device.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")
+    if not index.isdigit() or int(index) >= torch.cuda.device_count():
+        return ""  # no such device: an error of its own, later
+    capability = torch.cuda.get_device_capability(int(index))
     if torch.version.hip is None and capability < TRITON_NEEDS:  # ROCm has other numbers
         have = f"sm_{capability[0]}{capability[1]}"
         return f"needs a GPU of sm_70 (V100) or newer, and this one is {have}: --no-compile"

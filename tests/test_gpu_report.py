@@ -104,7 +104,7 @@ def test_speed(part: Part) -> None:
     assert plan["mfu"] == bench.Settings.mfu and plan["tokens_per_sec"] > 0
 
 
-def test_ceilings_are_rates(part: Part) -> None:
+def test_peak_rates_are_rates(part: Part) -> None:
     rt = gpu_parts.runtime.start("cpu", "float32")
     found = gpu_parts.peak_rates(rt, tiny=True)
     assert 0 < found["product_tflops"] < 100 and 0 < found["copy_gb_per_sec"] < 10_000

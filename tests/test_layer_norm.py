@@ -60,10 +60,7 @@ def test_compiled_it_equals_torchs_to_the_bit(dtype: torch.dtype) -> None:
 
 
 def test_in_the_graphs_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DDP has a compiled graph cut at its buckets, between and not through what this LayerNorm compiles to.
-
-    The gradients of an accumulated step are those of the model as it is.
-    """
+    """A compiled graph is cut at DDP's buckets: the gradients of an accumulated step stay the model's own."""
     backend = "aot_eager_decomp_partition"
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     gpus_path = lambda self, x: layer_norm(x, self.weight, self.bias, self.eps)  # noqa: E731
@@ -99,6 +96,6 @@ def test_in_the_graphs_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         dist.destroy_process_group()
         torch.compiler.reset()
-    assert len(buckets) > 2
+    assert len(buckets) >= 4  # torch's own would be three
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() < 0.02 * b.norm()

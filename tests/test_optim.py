@@ -244,7 +244,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_muon_launches_few_kernels(world_size: int) -> None:
-    """Of twelve layers: two batches, an exchange for each, and nothing that waits for the device."""
+    """Of twelve layers: two batches, an all-gather for each, and nothing that waits for the device."""
     if world_size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:

@@ -252,10 +252,12 @@ def test_where_a_gpu_can_not_be_compiled_for(
     triton: bool, capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (capability, (8, 9))[index])
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object() if triton else None)
     s = settings.read_settings(["--preset", "gpt2-124m"])
     assert s.compile == (not problem) and not settings.read_settings(["--device", "cpu"]).compile
+    assert settings.read_settings(["--device", "cuda:1"]).compile == triton
     settings.check_settings(s, 1)
     asked = settings.read_settings(["--compile"])
     settings.check_settings(settings.read_settings(["--compile", "--device", "cpu"]), 1)

@@ -116,7 +116,7 @@ def test_gradients_travel_once_per_step(rehearsal: tuple) -> None:
         assert bool(others) == (optimizer == "muon")
 
 
-def test_muon_exchanges_its_updates_in_two_collectives(reports: Reports) -> None:
+def test_muon_gathers_its_updates_in_two_collectives(reports: Reports) -> None:
     report = reports("muon")[REHEARSALS.index((8, "bfloat16"))]
     found = [e for e in entries(report, {2}) if e["kind"] == "collective" and not e["in_backward"]]
     updates = [e for e in found if e["name"] != "c10d.allreduce_"]
