@@ -157,6 +157,8 @@ def main() -> int:
         elif s.prompt is None and sys.stdin.isatty():
             prompt_loop(lambda prompt: print_samples(model, prompt, s, rt))
         else:
+            if s.prompt is None:
+                print("no terminal, so no prompt: --prompt - reads standard input", file=sys.stderr)
             print_samples(model, read_prompt(s), s, rt)
     except KeyboardInterrupt:
         print()

@@ -286,7 +286,7 @@ def draw(results: list[Result], out: Path) -> None:
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("parameters in the blocks' matrices")
-    axes.set_ylabel("tokens to another recipe's loss, as a fraction of its own")
+    axes.set_ylabel("tokens to another recipe's loss, as a fraction of that recipe's")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -66,6 +66,8 @@ def choose_source(s: Settings) -> tuple[build_shards.Source, str]:
     """The source that the settings ask for, and the name for its shards."""
     if s.files and s.repo_id:
         raise UserError("--files --repo-id: two sources: drop one of them")
+    if (s.files or s.repo_id) and s.out_dir == Settings.out_dir:
+        raise UserError(f"--out-dir {s.out_dir}: the folder of FineWeb-Edu: name another, such as data/mine")
     own_name = s.name or s.out_dir.name
     if not shards.SHARD_NAME.fullmatch(f"{own_name}_val_000000.npy"):
         raise UserError(f"--name {own_name}: not usable in a file name: use letters, digits, - and _")

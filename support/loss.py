@@ -71,7 +71,8 @@ class BlockCrossEntropy(torch.autograd.Function):
                     sum_x.addcmul_((exp @ block).float(), factor)
                     grad_w[: len(block)] += exp.t() @ (x * factor).to(dtype)
                 grad_x.copy_(sum_x)
-                grad_weight.index_put_((target,), (at_target * x).to(grad_weight.dtype), accumulate=True)
+                # Row after row: index_put_ has several threads add to the same rows, in any order.
+                grad_weight.index_add_(0, target, (at_target * x).to(grad_weight.dtype))
         ctx.save_for_backward(grad_states, grad_weight)
         return loss / count
 

@@ -52,7 +52,7 @@ def describe(plan: Plan, sequence_length: int, total_batch_size: int) -> str:
         f"batch      {plan.micro_batch_size} × {sequence_length} tokens per GPU, "  # noqa: RUF001
         f"{n} accumulation step{'s' * (n > 1)}{', --recompute' * plan.recompute}",
         f"memory     {plan.memory_gb:.1f} GB per GPU",
-        f"step       {1000 * plan.step_seconds:,.0f} ms, of which {waiting:,.1f} waiting for gradients",
+        f"step       {1000 * plan.step_seconds:,.0f} ms, of which {waiting:,.1f} ms waiting for gradients",
         f"speed      {total_batch_size / plan.step_seconds:,.0f} tokens/s",
         f"scaling    {100 * plan.scaling_efficiency:.1f} % of perfect scaling",
         f"time       {plan.hours:.2f} hours, without validation and checkpoints",
@@ -151,7 +151,9 @@ def plan(
     known = {gpu.plan_name: gpu for gpu in GPUS}
     count, name = int(match[1] or 1), match[2]
     if name not in known or count < 1:
-        similar = [f"{count}x{other}" for other in known if other.startswith(name)]
+        asked = name.replace("-", "").upper()
+        found = [other for other in known if other.replace("-", "").upper().startswith(asked)]
+        similar = [f"{count or 1}x{other}" for other in found]
         advice = f"did you mean {' or '.join(similar)}?" if similar else f"known GPUs: {', '.join(known)}"
         raise UserError(f"--plan {hardware}: not COUNTxGPU, such as 8xA100-80GB: {advice}")
     gpu = known[name]

@@ -197,6 +197,20 @@ def test_loss_in_chunks_in_16_bits(dtype: torch.dtype, spread: float) -> None:
         assert (mine.grad - right.grad).norm() < 2e-2 * right.grad.norm()
 
 
+def test_the_loss_adds_in_one_order_on_several_threads() -> None:
+    """A run repeated on the same cores has the same losses to the bit: no two threads add to one gradient."""
+    torch.manual_seed(0)
+    states, weight, targets = torch.randn(512, 128), 0.02 * torch.randn(300, 128), torch.randint(4, (512,))
+    torch.set_num_threads(4)
+    found = []
+    for _ in range(20):
+        w = weight.clone().requires_grad_()
+        BlockCrossEntropy.apply(states.clone().requires_grad_(), w, targets, 300, 1).backward()
+        found.append(w.grad)
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=0, atol=0)
+
+
 def test_padding_is_never_sampled() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL.__dict__, "padded_vocab_size": 128}))
