@@ -23,10 +23,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -294,14 +294,14 @@ def override(s: Settings, text: str) -> Settings:
     return side
 
 
-def measure_apart(s: Settings, environment: Mapping[str, str] = MappingProxyType({})) -> dict[str, object]:
+def measure_apart(s: Settings, environment: dict[str, str] | None = None) -> dict[str, object]:
     """`measure` in a process of its own, with its own memory and compiled code.
 
     environment: variables to add to this process's.
     """
     single = dataclasses.replace(s, compare=None, sweep=False, json=True)
     command = [sys.executable, __file__, *cli.flags(vars(single))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
     if done.returncode:
         raise UserError(cli.last_error(done.stderr))
     return json.loads(done.stdout)

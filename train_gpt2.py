@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import signal
@@ -320,19 +321,23 @@ def evaluate(run: Run, step: int) -> int:
                 run.last_step = step
         if examples and (is_due(step, s.hellaswag_interval) or last):
             # On the module itself: its batches have many shapes, and each would be compiled anew.
-            work = lambda: hellaswag.count_correct(run.model, examples, rt)  # noqa: E731
-            correct = run.attempt(step, "HellaSwag", work)
+            correct = run.attempt(step, "HellaSwag", lambda: hellaswag.count_correct(run.model, examples, rt))
             if correct is not None:
                 score = hellaswag.total_score(correct, len(examples), rt)
                 run.say(step, f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}")
                 run.metrics.log(step, "hellaswag", acc=score.acc, acc_norm=score.acc_norm, n=score.n)
         if step and is_due(step, s.sample_interval) and not last:
-            work = lambda: sampling.draw_samples(run.model, s.seed)  # noqa: E731
-            samples = run.attempt(step, "samples", work, here=rt.is_main) or []
+            samples = draw_samples(run, step, "samples") or []
             for text in samples[:: sampling.SAMPLES_PER_PROMPT]:
                 run.say(step, f"sample: {text!r}")
                 run.metrics.log(step, "event", name="sample", text=text)
     return run.attempt.stopped_by
+
+
+def draw_samples(run: Run, step: int, what: str) -> list[str] | None:
+    """Samples of the model on rank 0; None elsewhere, and where they fail. what: their name in messages."""
+    work = functools.partial(sampling.draw_samples, run.model, run.settings.seed)
+    return run.attempt(step, what, work, here=run.rt.is_main)
 
 
 def out_of_patience(run: Run, step: int) -> bool:
@@ -400,8 +405,7 @@ def save(run: Run, step: int, wait: bool) -> None:
 def finish(run: Run, step: int) -> None:
     """Write samples.txt, summary.json and loss_curves.png, and say where they are."""
     s, rt, folder = run.settings, run.rt, run.settings.out_dir
-    work = lambda: sampling.draw_samples(run.model, s.seed)  # noqa: E731
-    samples = run.attempt(step, run_folder.SAMPLES, work, here=rt.is_main)
+    samples = draw_samples(run, step, run_folder.SAMPLES)
     figure = run.attempt(step, run_folder.FIGURE, lambda: plot_loss.plot_run(folder), here=rt.is_main)
     if rt.is_main:
         if samples:

@@ -66,7 +66,7 @@ def choose_source(s: Settings) -> tuple[build_shards.Source, str]:
     """The source that the settings ask for, and the name for its shards."""
     if s.files and s.repo_id:
         raise UserError("--files --repo-id: two sources: drop one of them")
-    if (s.files or s.repo_id) and s.out_dir == Settings.out_dir:
+    if (s.files or s.repo_id or s.source == "builtin") and s.out_dir == Settings.out_dir:
         raise UserError(f"--out-dir {s.out_dir}: the folder of FineWeb-Edu: name another, such as data/mine")
     own_name = s.name or s.out_dir.name
     if not shards.SHARD_NAME.fullmatch(f"{own_name}_val_000000.npy"):

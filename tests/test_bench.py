@@ -151,6 +151,15 @@ def test_plans_for_hardware_that_is_none(hardware: str) -> None:
         planning.plan(hardware, GPTConfig(), 1024, 524_288, 100, mfu=0.5)
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("0xH100-80GB", "1xH100-80GB"), ("1xRTX-4090", "1xRTX4090-24GB"), ("2xt4", "2xT4-16GB")],
+)
+def test_a_plan_suggests_what_may_have_been_meant(typed: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean {meant}"):
+        planning.plan(typed, GPTConfig(), 1024, 524_288, 100, mfu=0.5)
+
+
 def test_one_gpu_needs_no_count() -> None:
     one = planning.plan("1xT4-16GB", GPTConfig(), 1024, 524_288, 100, mfu=0.5)
     assert planning.plan("T4-16GB", GPTConfig(), 1024, 524_288, 100, mfu=0.5) == one

@@ -187,6 +187,23 @@ def test_a_folder_for_files_suggests_a_glob(
 
 
 @pytest.mark.parametrize(
+    "source", [["--files", "x.txt"], ["--repo-id", "USER/NAME"], ["--source", "builtin"]]
+)
+def test_other_text_does_not_land_among_fineweb_edus_shards(
+    source: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    line = fails(handle_tokens.main, source, monkeypatch, capsys)
+    assert "--out-dir data/fineweb-edu-10b" in line and "name another" in line
+
+
+def test_settings_become_flags_as_a_user_types_them() -> None:
+    values = {"n_layer": 2, "resume": True, "shuffle": False, "compare": None, "data_dir": Path("a b")}
+    assert cli.flags(values) == ["--n-layer", "2", "--resume", "--no-shuffle", "--data-dir", "a b"]
+    for args, device in ((["--device", "cpu"], "cpu"), (["--device=cpu"], "cpu"), (["--device"], None)):
+        assert cli.given("device", args) == device
+
+
+@pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"settings": {"n_layer": "many"}}', '{"settings": {"x": 1}}']
 )
 def test_a_config_that_is_none(

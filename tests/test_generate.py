@@ -56,6 +56,11 @@ def test_json_and_streams_hold_the_same_samples(folder: Path) -> None:
         assert drawn["text"] == enc.decode(drawn["tokens"], errors="replace")
 
 
+def test_a_pipe_that_is_not_read_is_mentioned(folder: Path) -> None:
+    done = sample(folder, "--num-samples", "1", "--max-new-tokens", "2", stdin=PROMPT)
+    assert "--prompt - reads standard input" in done.stderr and PROMPT not in done.stdout
+
+
 def test_characters_come_whole() -> None:
     """Each piece is text on its own, though a token may be a part of a character."""
     text = "naïve ✓ 語語 🙂🙃"

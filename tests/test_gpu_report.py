@@ -216,6 +216,15 @@ def fail(part: Part) -> None:
     raise UserError("something is missing")
 
 
+def test_what_a_failed_measurement_had_noted_stays(part: Part) -> None:
+    def work() -> None:
+        part.note("roofline", {"floor_by_flops_ms": 1.5})
+        raise UserError("no triton")
+
+    part.measure("roofline", work)
+    assert part.results["roofline"] == {"floor_by_flops_ms": 1.5, "failed": "no triton"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs signals and process groups")
 def test_a_part_that_crashes_hangs_or_fails_costs_only_its_share(part: Part) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers import T, history
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -240,6 +241,15 @@ class Operations(TorchDispatchMode):
         if not func.is_view and not func.name().startswith(("aten::empty", "aten::new_empty", "profiler::")):
             self.counts[func.name().split(".")[0]] += 1
         return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_takes_bf16_only_where_a_gpu_has_it(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    with FakeTensorMode():
+        assert optim.orthogonalize(torch.empty(2, 4, 8, device="cuda")).dtype == dtype
 
 
 @pytest.mark.parametrize("world_size", [1, 8])

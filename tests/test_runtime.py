@@ -119,7 +119,9 @@ class Machine:
         self.weight = torch.nn.Parameter(torch.zeros(2, 2))
         empty = torch.empty
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(self, "reserved", 0.0))
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        self.peak_forgotten = False
+        forget = lambda device: setattr(self, "peak_forgotten", True)  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forget)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total, total))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.reserved)
         monkeypatch.setattr(torch, "empty", lambda n, device: self.take(4 * n) or empty(0))
@@ -171,6 +173,7 @@ def test_search_for_the_micro_batch(failure: Exception | None, monkeypatch: pyte
     assert {chunks for _, chunks, _ in machine.trials} == {3}
     assert (16, 3, True) in machine.trials, "an accumulating step has gradients in its second round"
     assert machine.weight.grad is None
+    assert machine.peak_forgotten, "or the run would report the search's peak as its own"
 
 
 @pytest.mark.parametrize(("total", "B"), [(1760, 4), (1860, 8)])
