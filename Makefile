@@ -5,6 +5,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 20
+# Of these a single test may take two hours, and the soak test three times its minutes.
+FAULTS = -m faults -n 0 --timeout=$(LIMIT) -o faulthandler_timeout=$(LIMIT)
+LIMIT = $$((7200 + 180 * $(MINUTES)))
 
 .PHONY: demo test test-slow test-faults soak lint
 demo: .venv/installed
@@ -18,10 +21,10 @@ test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
 
 test-faults: .venv/installed-dev
-	$(BIN)/python -m pytest -m faults -n 0 tests/faults
+	$(BIN)/python -m pytest $(FAULTS) tests/faults
 
 soak: .venv/installed-dev
-	SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -m faults -n 0 tests/faults/test_soak.py
+	SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest $(FAULTS) tests/faults/test_soak.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

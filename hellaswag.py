@@ -288,9 +288,14 @@ def main() -> None:
     s = cli.parse(Settings, "Evaluate a model on HellaSwag.")
     if s.limit < 0:
         raise UserError(f"--limit {s.limit}: must be at least 0")
-    rt = runtime.start(s.device, s.dtype)
-    if s.dtype == "auto" and rt.device.type == "cpu":
-        rt = dataclasses.replace(rt, dtype=torch.float32)
+    with runtime.start(s.device, s.dtype) as rt:
+        if s.dtype == "auto" and rt.device.type == "cpu":
+            rt = dataclasses.replace(rt, dtype=torch.float32)
+        score_and_print(s, rt)
+
+
+def score_and_print(s: Settings, rt: Runtime) -> None:
+    """Evaluate the model of the settings, and print its scores beside the published ones."""
     folder = run_folder.find_model(s.model)  # before a download: it says if there is no run
     if s.data is None:
         rt.run_on_some(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
@@ -310,7 +315,6 @@ def main() -> None:
         acc, acc_norm = PUBLISHED[s.style]
         print(f"{'GPT-2 124M, published':22}{acc:11.4f}{acc_norm:20.4f}{N_EXAMPLES:19,}")
         print(f"{score.n / seconds:.1f} examples/s on {hardware.describe(rt)['name']}, {rt.dtype}")
-    rt.close()
 
 
 if __name__ == "__main__":

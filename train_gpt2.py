@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import functools
-import gc
 import math
 import signal
 from collections.abc import Iterator
@@ -91,10 +90,9 @@ class Run:
 # ---------------------------------------------------------------- set-up
 
 
-def set_up(s: Settings) -> Run:
+def set_up(s: Settings, rt: Runtime) -> Run:
     """Everything a run needs, from settings to a resumed state. Raises UserError on a user's mistake."""
-    check_settings(s, runtime.world_size())
-    rt, clock = runtime.start(s.device, s.dtype), Clock()
+    clock = Clock()
     if s.init_from == "scratch":  # before anything is fetched; other models first say how large they are
         refuse_long_run(s, scratch_config(s), rt)
     hub_state = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
@@ -206,15 +204,12 @@ def build_model(s: Settings, device: torch.device) -> GPT:
 
 def train(s: Settings) -> int:
     """Train as the settings say. Returns the exit status: 0, or 128 + signal if one ended the run."""
-    run = set_up(s)
-    rt, record, status = run.rt, run.metrics, run_steps(run)
-    run.pusher.close(record)
-    del run
-    if rt.world_size > 1:  # leave the group with no model alive: a DDP reducer torn down at exit can hang
-        torch.compiler.reset()
-        gc.collect()
-    rt.close()
-    record.close()
+    check_settings(s, runtime.world_size())
+    with runtime.start(s.device, s.dtype) as rt:
+        run = set_up(s, rt)
+        status = run_steps(run)
+        run.pusher.close(run.metrics)
+    run.metrics.close()
     return status
 
 

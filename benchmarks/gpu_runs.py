@@ -26,7 +26,7 @@ import dataloader
 import hellaswag
 import train_gpt2
 from settings import PRESETS, read_settings
-from support import checkpoint, cli, metrics
+from support import checkpoint, cli, metrics, runtime
 from support.cli import UserError
 from support.runtime import Runtime
 
@@ -256,8 +256,10 @@ def between_steps(part: Part) -> None:
 def costs(part: Part) -> dict[str, float]:
     """Seconds of one validation, HellaSwag, samples and checkpoint, each the second of its kind in a run."""
     flags = part.training_flags(out_dir=part.s.out.resolve() / "between_steps", overwrite=True)
-    run = train_gpt2.set_up(read_settings(flags))
-    s, rt = run.settings, run.rt
+    s = read_settings(flags)
+    rt = runtime.start(s.device, s.dtype)
+    run = train_gpt2.set_up(s, rt)
+    s = run.settings
     batches = dataloader.train_batches(
         run.train_stream, 0, s.total_batch_size // s.sequence_length, run.micro_batch_size, 0, 1, rt.device
     )

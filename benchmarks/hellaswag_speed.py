@@ -90,7 +90,6 @@ def main() -> None:
         f"{len(examples)} examples, median of {s.rounds} rounds; torch {torch.__version__}, "
         f"{hardware.describe(rt)['name']}, {rt.dtype}, {torch.get_num_threads()} threads"
     )
-    rt.close()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -119,6 +120,25 @@ class Runtime:
     world_size: int = 1
     agent: int = 0  # process id of the torchrun that started this process; 0: none did
     stop: StopSignal = field(default_factory=StopSignal, compare=False)  # listens while training
+    ddp_models: list[DistributedDataParallel] = field(default_factory=list, compare=False, repr=False)
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave the process group, so that no DDP model outlives it.
+
+        A DDP reducer that holds the last reference to the group would destroy it with the GIL held, while
+        gloo's threads, which the group waits for, want the GIL: the process would hang. The model itself may
+        live on, in the frames of an exception, but without its reducer.
+        """
+        if self.world_size == 1:
+            return
+        for model in self.ddp_models:
+            model.reducer = model.logger = None
+        # After an error NCCL would wait here for the other processes; the end of this one frees its part.
+        if error is None or self.device.type != "cuda":
+            dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
@@ -170,6 +190,7 @@ class Runtime:
             train_model = DistributedDataParallel(
                 model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB
             )
+            self.ddp_models.append(train_model)
         if not compiled:
             return train_model, model
         eval_model = torch.compile(model)
@@ -196,11 +217,6 @@ class Runtime:
             raise failure or UserError("another process has reported the error")
         return result
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if self.world_size > 1:
-            dist.destroy_process_group()
-
 
 def world_size() -> int:
     """How many processes torchrun started, 1 without it."""
@@ -211,6 +227,7 @@ def start(device: str, dtype: Dtype) -> Runtime:
     """Choose device and precision, and join the other processes if torchrun started this one.
 
     device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
+    A script that may run as several processes uses it in a `with` block, which leaves the group at its end.
     Raises UserError for a device or precision that this machine does not have, or that torch cannot use.
     """
     rank = int(os.environ.get("RANK", "0"))

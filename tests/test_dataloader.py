@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
     np.save(tmp_path / "x_train_000001.npy", np.ones(60_000_000, np.uint16))
     measured = subprocess.run(
         [sys.executable, "-c", MEASURE_MEMORY, str(tmp_path)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, check=True,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=True, timeout=100,
     )  # fmt: skip
     assert int(measured.stdout) < 50e6
 

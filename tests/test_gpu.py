@@ -282,7 +282,7 @@ def test_killed_and_resumed(data_dir: Path, tmp_path: Path) -> None:
     while process.poll() is None and sum(r["kind"] == "train" for r in metrics.read(record)) < 30:
         time.sleep(0.02)
     process.kill()
-    assert process.wait() != 0, "it has ended before it was killed"
+    assert process.wait(timeout=60) != 0, "it has ended before it was killed"
     done = run_script(*killed)
     assert done.returncode == 0, done.stderr
     assert any(r.get("name") == "resume" and r["step"] >= 20 for r in metrics.read(record))

@@ -358,7 +358,9 @@ def test_a_mirror_of_the_hub_comes_first(
         print(len(hellaswag.load()))
     """
     environment = {**os.environ, **places.hub.environment(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100
+    )
     assert done.stdout == f"{len(RECORDS)}\n", done.stderr
     assert places.hits == (0, 1)
     assert hellaswag.load() == hellaswag.load(data)

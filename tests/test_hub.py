@@ -183,7 +183,7 @@ def test_a_fetch_killed_at_random_moments_ends_with_the_same_bytes(
             process.wait(random.uniform(2.0, 4.5) if kills < 2 else 100)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.wait(timeout=60)
             kills += 1
             continue
         assert process.returncode == 0

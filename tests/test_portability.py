@@ -195,10 +195,10 @@ def test_git_leaves_the_ranks_as_they_are(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     git = ["git", "-C", str(tmp_path), "-c", "core.autocrlf=true", "-c", "user.name=x", "-c", "user.email=x"]
     for args in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *args], check=True, capture_output=True)
+        subprocess.run([*git, *args], check=True, capture_output=True, timeout=60)
     ranks = tmp_path / "assets" / "gpt2.tiktoken"
     ranks.unlink()
-    subprocess.run([*git, "checkout", "-q", "."], check=True, capture_output=True)
+    subprocess.run([*git, "checkout", "-q", "."], check=True, capture_output=True, timeout=60)
     assert files.sha256_of(ranks) == tokenizer.RANKS_SHA256
 
 

@@ -108,7 +108,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
 
 def test_the_client_is_only_imported_for_a_run_that_pushes() -> None:
     code = "import sys, train_gpt2; assert 'huggingface_hub.hf_api' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=100)
 
 
 # ---------------------------------------------------------------- what fails while it trains

@@ -20,8 +20,9 @@ import optim
 import train_gpt2
 from model import GPT, GPTConfig
 from settings import PRESETS
-from support import driver, hardware, runtime
+from support import checkpoint, driver, hardware, run_folder, runtime
 from support.cli import UserError
+from support.runtime import Runtime
 
 CPU = torch.device("cpu")
 
@@ -212,19 +213,52 @@ def test_reserved_states_are_those_that_a_step_makes(optimizer: str) -> None:
     assert hardware._state_floats(model, optimizer, 8) == made + sum(p.numel() for p in model.parameters())
 
 
+def group_of_one() -> Runtime:
+    """A process that believes it is one of two, in a real process group of its own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return Runtime(CPU, torch.float32, world_size=2)
+
+
+WAYS_OUT = {
+    "an error in set-up after wrapping": (run_folder, "open_record", UserError),
+    "a step that ends the run": (train_gpt2.Progress, "report", UserError),
+    "a failed checkpoint": (checkpoint, "save", UserError),
+    "Ctrl-C": (optim, "step", KeyboardInterrupt),
+    "a bug": (optim, "set_learning_rates", ZeroDivisionError),
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS_OUT, "the end"])
+def test_no_ddp_model_outlives_its_group(
+    way: str, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a run ends, and although the frames of its exception still hold the model."""
+    rt = group_of_one()
+    monkeypatch.setattr(runtime, "start", lambda device, dtype: rt)
+    error: BaseException | None = None
+    if way in WAYS_OUT:
+        room, name, kind = WAYS_OUT[way]
+        monkeypatch.setattr(room, name, lambda *args, **kwargs: (_ for _ in ()).throw(kind(way)))
+    try:
+        train(max_steps=2)
+    except (UserError, KeyboardInterrupt, ZeroDivisionError) as caught:
+        error = caught
+    assert (error is not None) == (way in WAYS_OUT)
+    [model] = rt.ddp_models
+    assert model.reducer is None and model.logger is None
+    assert not dist.is_initialized()
+
+
 def test_gradients_that_accumulate_are_not_yet_in_ddps_buckets() -> None:
     """Why several processes need memory for buckets beside gradients: DDP moves them in the last round."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with group_of_one() as rt:
         module = torch.nn.Linear(4, 4)
-        model = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+        model, _ = rt.wrap(module, compiled=False)
         with model.no_sync():
             model(torch.ones(1, 4)).sum().backward()
         assert module.weight.grad.untyped_storage().nbytes() == 4 * 4 * 4
         model(torch.ones(1, 4)).sum().backward()
         assert module.weight.grad.untyped_storage().nbytes() == 4 * (4 * 4 + 4)  # the bucket: with the bias
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_run_of_days_on_a_cpu_needs_device_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +272,7 @@ def test_a_run_of_days_on_a_cpu_needs_device_cpu(tmp_path: Path, monkeypatch: py
     # 10.0B tokens at 855 MFLOP each, at 100 GFLOP/s.
     days = 19_073 * 524_288 * 855.166464e6 / 1e11 / 86_400
     with pytest.raises(UserError, match=f"--device auto: .* {days:,.0f} days .*--device cpu"):
-        train_gpt2.set_up(s)
+        train_gpt2.train(s)
     assert not any(tmp_path.iterdir())
     monkeypatch.setattr(train_gpt2, "prepare_data", lambda s: (_ for _ in ()).throw(UserError("got there")))
     for fine in (
@@ -247,14 +281,14 @@ def test_a_run_of_days_on_a_cpu_needs_device_cpu(tmp_path: Path, monkeypatch: py
         dataclasses.replace(PRESETS["demo"], out_dir=tmp_path / "log"),
     ):
         with pytest.raises(UserError, match="got there"):
-            train_gpt2.set_up(fine)
+            train_gpt2.train(fine)
     # Fine-tuning GPT-2 takes less than 6 hours there, the medium one more: the model's own size decides.
     finetune = dataclasses.replace(PRESETS["finetune"], out_dir=tmp_path / "log", data_dir=tmp_path / "data")
     for shape, told in (((12, 12, 768), "got there"), ((24, 16, 1024), "--device auto: .* hours")):
         model = SimpleNamespace(config=GPTConfig(1024, 50257, *shape))
         monkeypatch.setattr(train_gpt2, "build_model", lambda s, device, model=model: model)
         with pytest.raises(UserError, match=told):
-            train_gpt2.set_up(finetune)
+            train_gpt2.train(finetune)
 
 
 def test_eight_processes_on_two_cores_are_as_fast_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +400,11 @@ def test_threads_wait_briefly_unless_told_otherwise(given: dict[str, str], expec
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **given}, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**clean, **given},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.stdout.strip() == str(expected), done.stderr

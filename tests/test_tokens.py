@@ -193,7 +193,9 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, corpus: Path) -> No
         file = tmp_path / f"{megabytes}.jsonl"
         file.write_bytes(corpus.read_bytes() * (megabytes * 2**20 // corpus.stat().st_size))
         args = [str(ROOT), str(tmp_path / f"out{megabytes}"), str(file)]
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=100
+        )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] - peaks[0] < 15
@@ -260,7 +262,7 @@ def test_killed_at_random_moments(tmp_path: Path, corpus: Path) -> None:
             process.wait(random.uniform(0.6, 1.6) if kills < 3 else 60)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.wait(timeout=60)
             kills += 1
             continue
         assert process.returncode == 0

@@ -387,7 +387,7 @@ def test_killed_and_resumed(undisturbed: tuple[Path, list], tmp_path: Path) -> N
     process = start(data_dir, tmp_path)
     wait_for_step(tmp_path, random.randint(1, 25))
     process.kill()
-    process.wait()
+    process.wait(timeout=60)
     _, errors = start(data_dir, tmp_path).communicate(timeout=120)
     assert not errors, errors
     assert history(tmp_path) == expected
@@ -419,7 +419,7 @@ def test_lines_come_as_they_are_written(undisturbed: tuple[Path, list], tmp_path
     assert any(line.startswith("step 3/100000 ") for line in lines)
     assert process.poll() is None
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
 
 
 @pytest.mark.slow
@@ -445,7 +445,9 @@ def test_ctrl_c_is_answered_during_a_long_step(undisturbed: tuple[Path, list], t
     assert (process.returncode, errors) == (130, "")
     assert "--resume" in output and "the same command" not in output
     words = output.split("continue with ", 1)[1].split("\n", 1)[0].split()
-    done = subprocess.run([*words, "--max-steps", "3"], env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [*words, "--max-steps", "3"], env=environment(), capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in history(tmp_path, kinds=("train",))] == [1, 2, 3]
 
@@ -470,7 +472,7 @@ def test_two_processes_train_as_one_does(undisturbed: tuple[Path, list], tmp_pat
     process = start(data_dir, tmp_path / "two", nproc=2, val_interval=10)
     wait_for_step(tmp_path / "two", random.randint(3, 20))
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait(timeout=60)
     for child in workers(tmp_path / "two"):
         os.kill(child, signal.SIGKILL)
     _, errors = start(data_dir, tmp_path / "two", nproc=2, val_interval=10).communicate(timeout=120)
@@ -551,5 +553,5 @@ def test_importing_any_file_starts_nothing() -> None:
     code = f"import sys, os\nbefore = set(os.listdir())\nimport {', '.join(files)}\n"
     code += "assert 'transformers' not in sys.modules and 'matplotlib' not in sys.modules\n"
     code += "assert set(os.listdir()) - before <= {'__pycache__'}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

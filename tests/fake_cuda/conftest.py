@@ -59,7 +59,7 @@ def run_group(name: str, folder: Path, wait: bool) -> None:
             if not output(folder, name).exists():
                 file.write_text(json.dumps({**GROUPS, **SLOW_GROUPS}[name]))
                 command = [sys.executable, str(SCRIPT), "--cases", str(file)]
-                done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+                done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
                 assert done.returncode == 0, done.stderr
     except Timeout:
         pass

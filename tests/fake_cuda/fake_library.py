@@ -40,7 +40,7 @@ def build() -> Path:
         command = [compiler() or "c++", "-std=c++20", "-O0", "-shared", "-fPIC", str(SOURCE), "-o", str(new)]
         command += [f"-I{path}" for path in include]
         command += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         if done.returncode:
             raise RuntimeError(f"{SOURCE}: does not compile:\n{done.stderr[-4000:]}")
         new.rename(library)

@@ -154,13 +154,13 @@ class Run:
     def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
         deadline = time.monotonic() + 120
         while self.last_step() < step:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, process.communicate(timeout=60)
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
     def wait_for_checkpoint(self, step: int, process: subprocess.Popen) -> None:
         wait_until(lambda: self.last_checkpoint() >= step or process.poll() is not None)
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(timeout=60)
 
     def check(self, expected: list[dict[str, object]]) -> None:
         """The metrics of the undisturbed run, bit for bit, each step once; nothing half-written around."""

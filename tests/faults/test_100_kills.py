@@ -123,7 +123,7 @@ class Life:
         wait_until(lambda: process.poll() is not None or signs[phase]())
         time.sleep(random.uniform(0, PHASES[phase]))
         process.kill()
-        _, errors = process.communicate()
+        _, errors = process.communicate(timeout=60)
         if process.returncode == -9:
             return next((phase for phase, sign in signs.items() if sign()), "steps")
         assert process.returncode == 0, errors

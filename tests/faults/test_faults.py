@@ -64,7 +64,7 @@ def test_no_space(run: Run, expected: Expected, what: str) -> None:
     process = run.start()
     run.wait_for_step(12, process)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
     whole = checkpoint.latest_intact(run.out)[0]
     limit = 2_000_000 if what == "checkpoint" else (run.out / "metrics.jsonl").stat().st_size + 500
     done = run.finish(preexec_fn=lambda: limit_file_size(limit))
@@ -87,7 +87,7 @@ def test_an_out_dir_that_turns_read_only(run: Run, expected: Expected) -> None:
     process = run.start()
     run.wait_for_step(7, process)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
     checkpoints, aside = run.out / "checkpoints", run.out / "aside"
     checkpoints.rename(aside)
     checkpoints.write_text("")
@@ -303,7 +303,7 @@ def test_one_of_two_machines_dies_and_comes_back(run: Run, expected_of_two: Expe
         os.kill(pid, signal.SIGKILL)
     row.injected += 1
     row.lost.append(run.lost())
-    machines[victim].wait()
+    machines[victim].wait(timeout=60)
     deadline = time.monotonic() + 240
     while any(machine.poll() != 0 for machine in machines):
         assert time.monotonic() < deadline
