@@ -26,7 +26,7 @@ import torch
 from model import GPT
 from support import cli, run_folder, runtime, tokenizer
 from support.cli import Dtype, UserError, flag
-from support.runtime import Runtime
+from support.linear import cast_once
 
 
 @dataclass
@@ -81,19 +81,11 @@ def encode_prompt(text: str, block_size: int) -> list[int]:
     return ids[-block_size:]
 
 
-def samples(model: GPT, ids: list[int], s: Settings, rt: Runtime, first: int, n: int) -> Iterator:
+def samples(model: GPT, ids: list[int], s: Settings, first: int, n: int) -> Iterator[list[int | None]]:
     """Samples number `first` to `first + n`, token by token: yields n ids, None once a sample has ended."""
     generators = [torch.Generator().manual_seed((s.seed + i) % 2**63) for i in range(first, first + n)]
-    with rt.autocast():
-        yield from model.stream(
-            [ids] * n,
-            s.max_new_tokens,
-            s.temperature,
-            s.top_k or None,
-            s.top_p,
-            generators,
-            tokenizer.END_OF_TEXT_ID,
-        )
+    choice = (s.temperature, s.top_k or None, s.top_p, generators, tokenizer.END_OF_TEXT_ID)
+    return model.stream([ids] * n, s.max_new_tokens, *choice)
 
 
 def decode(tokens: Iterator[int | None]) -> Iterator[str]:
@@ -106,10 +98,10 @@ def decode(tokens: Iterator[int | None]) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def as_json(model: GPT, prompt: str, s: Settings, rt: Runtime) -> str:
+def as_json(model: GPT, prompt: str, s: Settings) -> str:
     """All samples of a prompt, drawn together, as one line of JSON."""
     ids = encode_prompt(prompt, model.config.block_size)
-    steps = list(samples(model, ids, s, rt, 0, s.num_samples))
+    steps = list(samples(model, ids, s, 0, s.num_samples))
     drawn = []
     for column in zip(*steps, strict=True):
         tokens = [token for token in column if token is not None]
@@ -119,12 +111,12 @@ def as_json(model: GPT, prompt: str, s: Settings, rt: Runtime) -> str:
     return json.dumps({"model": s.model, "prompt": prompt, "seed": s.seed, "samples": drawn})
 
 
-def print_samples(model: GPT, prompt: str, s: Settings, rt: Runtime) -> None:
+def print_samples(model: GPT, prompt: str, s: Settings) -> None:
     """Stream the samples of a prompt to standard output, one after another."""
     ids = encode_prompt(prompt, model.config.block_size)
     for number in range(s.num_samples):
         print(prompt, end="", flush=True)
-        for text in decode(step[0] for step in samples(model, ids, s, rt, number, 1)):
+        for text in decode(step[0] for step in samples(model, ids, s, number, 1)):
             print(text, end="", flush=True)
         print("\n---" if number + 1 < s.num_samples else "")
 
@@ -152,14 +144,15 @@ def main() -> int:
     if model.config.vocab_size != tokenizer.VOCAB_SIZE:
         raise UserError(f"--model {s.model}: has {model.config.vocab_size} token ids, not GPT-2's 50257")
     try:
-        if s.json:
-            print(as_json(model, read_prompt(s), s, rt))
-        elif s.prompt is None and sys.stdin.isatty():
-            prompt_loop(lambda prompt: print_samples(model, prompt, s, rt))
-        else:
-            if s.prompt is None:
-                print("no terminal, so no prompt: --prompt - reads standard input", file=sys.stderr)
-            print_samples(model, read_prompt(s), s, rt)
+        with rt.autocast(), cast_once(model):
+            if s.json:
+                print(as_json(model, read_prompt(s), s))
+            elif s.prompt is None and sys.stdin.isatty():
+                prompt_loop(lambda prompt: print_samples(model, prompt, s))
+            else:
+                if s.prompt is None:
+                    print("no terminal, so no prompt: --prompt - reads standard input", file=sys.stderr)
+                print_samples(model, read_prompt(s), s)
     except KeyboardInterrupt:
         print()
         return 130

@@ -3,8 +3,9 @@
     python benchmarks/generation.py                       # GPT-2 124M with random weights
     python benchmarks/generation.py --model gpt2 --new-tokens 128
 
-All variants take turns in one process, so that a drift in the machine's speed affects all of them. The bound
-is the time of the model's matrix-vector products alone: each weight is read once per token.
+In fp32, and in the precision that generate.py chooses on this machine, if that is another. All variants take
+turns in one process, so that a drift in the machine's speed affects all of them. The bound is the time of the
+model's matrix-vector products alone: each weight is read once per token.
 """
 
 import json
@@ -21,8 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import GPT, GPTConfig
-from support import cli, run_folder
-from support.linear import Linear
+from support import cli, run_folder, runtime
+from support.linear import Linear, cast_once
+from support.runtime import Runtime
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Settings:
     device: str = "cpu"
     """cpu or cuda."""
     json: bool = False
-    """Print one JSON object: tokens/s of each variant."""
+    """Print one JSON object: precision -> tokens/s of each variant."""
 
 
 def without_cache(model: GPT, idx: torch.Tensor, new_tokens: int) -> torch.Tensor:
@@ -57,45 +59,73 @@ def products_alone(model: GPT, new_tokens: int, product: Callable) -> None:
             product(layer, inputs[layer.in_features])
 
 
+def variants(s: Settings, model: GPT, rt: Runtime, folder: str) -> dict[str, tuple[int, Callable]]:
+    """What is measured in one precision: name -> (samples at once, one call of it)."""
+    import transformers
+
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=rt.dtype).eval().to(s.device)
+    idx = torch.randint(model.config.vocab_size, (1, s.prompt_tokens), device=s.device)
+    eight = torch.randint(model.config.vocab_size, (8, s.prompt_tokens), device=s.device)
+    fixed = {
+        "do_sample": False,
+        "pad_token_id": 0,
+        "max_new_tokens": s.new_tokens,
+        "min_new_tokens": s.new_tokens,
+    }
+
+    def in_precision(work: Callable[..., object], *args: object, **options: object) -> Callable[[], None]:
+        """A call of ours as generate.py makes it: the weights are cast before, not for each token."""
+
+        def call() -> None:
+            with rt.autocast(), cast_once(model):
+                work(*args, **options)
+
+        return call
+
+    return {
+        "the products alone": (1, in_precision(products_alone, model, s.new_tokens, Linear.forward)),
+        "the products, by nn.Linear": (
+            1, in_precision(products_alone, model, s.new_tokens, torch.nn.Linear.forward),
+        ),
+        "ours, greedy": (1, in_precision(model.generate, idx, s.new_tokens, temperature=0)),
+        "ours, top-k 50": (1, in_precision(model.generate, idx, s.new_tokens, temperature=0.8, top_k=50)),
+        "transformers generate, greedy": (1, lambda: theirs.generate(idx, **fixed)),
+        "without a cache, greedy": (1, in_precision(without_cache, model, idx, s.new_tokens)),
+        "ours, batch 8, greedy": (8, in_precision(model.generate, eight, s.new_tokens, temperature=0)),
+        "transformers generate, batch 8, greedy": (8, lambda: theirs.generate(eight, **fixed)),
+    }  # fmt: skip
+
+
 def main() -> None:
     s = cli.parse(Settings, "Measure sampling.")
     import transformers
 
     torch.manual_seed(0)
     model = GPT.from_pretrained(run_folder.find_model(s.model)) if s.model else GPT(GPTConfig())
+    model.to(s.device)
+    device = torch.device(s.device)
+    dtypes = dict.fromkeys((torch.float32, runtime.pick_dtype(device, "auto")))
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval().to(s.device)
-    model.to(s.device)
-    idx = torch.randint(model.config.vocab_size, (1, s.prompt_tokens), device=s.device)
-    eight = torch.randint(model.config.vocab_size, (8, s.prompt_tokens), device=s.device)
-    greedy = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": s.new_tokens}
-    ways: dict[str, tuple[int, Callable[[], object]]] = {
-        "the products alone": (1, lambda: products_alone(model, s.new_tokens, Linear.forward)),
-        "the products, by nn.Linear": (
-            1, lambda: products_alone(model, s.new_tokens, torch.nn.Linear.forward),
-        ),
-        "ours, greedy": (1, lambda: model.generate(idx, s.new_tokens, temperature=0)),
-        "ours, top-k 50": (1, lambda: model.generate(idx, s.new_tokens, temperature=0.8, top_k=50)),
-        "transformers generate, greedy": (
-            1, lambda: theirs.generate(idx, max_new_tokens=s.new_tokens, **greedy),
-        ),
-        "without a cache, greedy": (1, lambda: without_cache(model, idx, s.new_tokens)),
-        "ours, batch 8, greedy": (8, lambda: model.generate(eight, s.new_tokens, temperature=0)),
-        "transformers generate, batch 8, greedy": (
-            8, lambda: theirs.generate(eight, max_new_tokens=s.new_tokens, **greedy),
-        ),
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+        ways = {
+            (str(dtype).removeprefix("torch."), name): way
+            for dtype in dtypes
+            for name, way in variants(s, model, Runtime(device, dtype), folder).items()
+        }
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in ways}
     with torch.inference_mode():
         for _ in range(s.rounds + 1):  # the first round warms up
-            for name, (_, way) in ways.items():
+            for key, (_, way) in ways.items():
                 begin = time.perf_counter()
                 way()
                 if s.device != "cpu":
                     torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - begin)
-    speed = {n: rows * s.new_tokens / statistics.median(seconds[n][1:]) for n, (rows, _) in ways.items()}
+                seconds[key].append(time.perf_counter() - begin)
+    speed: dict[str, dict[str, float]] = {}
+    for (dtype, name), (rows, _) in ways.items():
+        median = statistics.median(seconds[dtype, name][1:])
+        speed.setdefault(dtype, {})[name] = rows * s.new_tokens / median
     if s.json:
         print(json.dumps(speed))
         return
@@ -103,9 +133,10 @@ def main() -> None:
         f"{s.prompt_tokens} + {s.new_tokens} tokens, median of {s.rounds} rounds; torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {s.device}, {torch.get_num_threads()} threads"
     )
-    for name, tokens_per_sec in speed.items():
-        share = speed["ours, greedy"] / tokens_per_sec
-        print(f"{name:38} {tokens_per_sec:8.2f} tokens/s   ours is {share:.2f}x")
+    for dtype, rates in speed.items():
+        for name, tokens_per_sec in rates.items():
+            share = rates["ours, greedy"] / tokens_per_sec
+            print(f"{dtype:9} {name:38} {tokens_per_sec:8.2f} tokens/s   ours is {share:.2f}x")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support import hardware, tokenizer
+from support.linear import cast_once
 
 SAMPLE_PROMPTS = ("Hello, I'm a language model,", "Hello, I'm a computer science student,")
 SAMPLES_PER_PROMPT = 3
@@ -154,7 +155,8 @@ def draw_samples(model: nn.Module, seed: int) -> list[str]:
     prompts = [enc.encode_ordinary(prompt) for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
     generator = torch.Generator().manual_seed(seed)
     end = tokenizer.END_OF_TEXT_ID
-    rows = model.generate(prompts, 64, temperature=0.8, top_k=50, generator=generator, eos_token_id=end)
+    with cast_once(model):
+        rows = model.generate(prompts, 64, temperature=0.8, top_k=50, generator=generator, eos_token_id=end)
     return [enc.decode([token for token in row if token != end]) for row in rows]
 
 

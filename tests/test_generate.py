@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import command, environment, posix, run_script
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 from model import GPT, GPTConfig
-from support import tokenizer
+from support import sampling, tokenizer
 from support.cli import UserError
+from support.linear import cast_once
 
 PROMPT = "Hello, I'm a language model,"
 
@@ -59,6 +61,58 @@ def test_json_and_streams_hold_the_same_samples(folder: Path) -> None:
 def test_a_pipe_that_is_not_read_is_mentioned(folder: Path) -> None:
     done = sample(folder, "--num-samples", "1", "--max-new-tokens", "2", stdin=PROMPT)
     assert "--prompt - reads standard input" in done.stderr and PROMPT not in done.stdout
+
+
+class Casts(TorchDispatchMode):
+    """Counts the matrices that are cast to another precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = 0
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        is_cast = func.name() in ("aten::to.dtype", "aten::_to_copy")
+        self.matrices += is_cast and args[0].dim() == 2 and len(args[0]) >= 16
+        return func(*args, **kwargs or {})
+
+
+def test_generate_casts_no_weights_between_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """In 16 bits they are cast once, before the first token."""
+    casts, decode_one_token = Casts(), sampling.decode_one_token
+
+    def counted(*args: object) -> torch.Tensor:
+        with casts:
+            return decode_one_token(*args)
+
+    monkeypatch.setattr(sampling, "decode_one_token", counted)
+    flags = ["--model", str(folder), "--prompt", PROMPT, "--num-samples", "1", "--max-new-tokens", "4"]
+    monkeypatch.setattr("sys.argv", ["generate.py", *flags, "--device", "cpu", "--dtype", "bfloat16"])
+    assert generate.main() == 0
+    assert capsys.readouterr().out.startswith(PROMPT)
+    assert casts.matrices == 0
+    with torch.autocast("cpu", torch.bfloat16):  # as it would be without
+        GPT.from_pretrained(folder).generate(torch.zeros(1, 1, dtype=torch.int64), 2)
+    assert casts.matrices == 5  # of the single token after the prompt: four in the block, and the head
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_weights_that_are_cast_once_give_autocasts_states(folder: Path, rows: int) -> None:
+    model = GPT.from_pretrained(folder)
+    idx = torch.randint(50257, (rows, 1), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(idx)[0]
+        with cast_once(model):
+            found = model(idx)[0]
+        assert torch.equal(model(idx)[0], expected)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1.6e-2)  # bf16 has eight bits
+    with torch.no_grad():
+        exact = model(idx)[0]
+        with cast_once(model):  # in fp32 there is nothing to cast
+            assert torch.equal(model(idx)[0], exact)
 
 
 def test_characters_come_whole() -> None:
