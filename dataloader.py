@@ -204,4 +204,4 @@ if __name__ == "__main__":
     from pre_tokens import fetch_tokens_hf
     from support import cli
 
-    cli.run(fetch_tokens_hf.main)
+    cli.run(fetch_tokens_hf.main, must_finish=True)

@@ -84,4 +84,4 @@ def choose_source(s: Settings) -> tuple[build_shards.Source, str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, must_finish=True)

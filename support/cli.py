@@ -9,15 +9,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NoReturn, TypeVar
+from typing import Literal, NoReturn, TextIO, TypeVar
 
 import tyro
 
 T = TypeVar("T")
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]  # of every script's --dtype
 
-# What the machine refuses, as opposed to a bug: worth one line, not a traceback.
-ENVIRONMENT_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Errors of the machine, not bugs: reported in one line without a traceback.
+ENVIRONMENT_ERRORS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -84,14 +86,55 @@ def last_error(stderr: str) -> str:
     return lines[-1].removeprefix("error: ")
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call a script's `main` and exit with its status; a UserError is one line on stderr and status 2.
+class Unheard:
+    """A text stream whose reader may go away: whatever it cannot take is dropped.
+
+    The terminal may close, the reader of a pipe may die, the disk under a log file may be full.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write as far as possible; returns the length of the text."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def open_streams(must_finish: bool) -> None:
+    """Make sys.stdin, sys.stdout and sys.stderr usable however this process was started.
 
     Output is flushed line by line, so that a log file or `| tee` shows each line as it is printed; a console
     that cannot show a character, such as one of Windows in cp1252, shows a ?.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us, as by `>&-`, or pythonw
+            # It takes the closed stream's number: else the next file would, and C libraries print into it.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream (%run) has no such method
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    # Progress and warnings are never what a script is run for. Its output may be.
+    for name in ("stdout", "stderr") if must_finish else ("stderr",):
+        if not isinstance(getattr(sys, name), Unheard):
+            setattr(sys, name, Unheard(getattr(sys, name)))
+
+
+def run(main: Callable[[], int | None], must_finish: bool = False) -> NoReturn:
+    """Call a script's `main` and exit with its status; a UserError is one line on stderr and status 2.
+
+    must_finish: the work goes on if nobody can read its output any more; without, the script ends.
     Ctrl-C exits with status 130 and no traceback.
     """
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    open_streams(must_finish)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # scripts set it so while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -99,13 +142,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output is gone, as with `| head`; the interpreter's own flush would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+        _discard_output()
         sys.exit(1)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in ENVIRONMENT_ERRORS:
             raise
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = "standard output"
+            _discard_output()
         if os.environ.get("RANK", "0") != "0":
             # Under torchrun every rank hits the same mistake. Rank 0 reports it for all, and the launcher
             # ends the others meanwhile; an error of this rank alone is still reported, a moment later.
@@ -113,3 +158,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         print(f"error: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere: the interpreter's own flush at its exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -47,7 +47,8 @@ class StopSignal:
     Until `listen` is called they end the process at once, as usual.
 
     The death of torchrun counts as SIGTERM: processes that it has left behind would train on unnoticed, and
-    stand in the way of those that the next one starts. So does Ctrl-Break on Windows, which has no SIGTERM.
+    stand in the way of those that the next one starts. So does Ctrl-Break on Windows, which has no SIGTERM, and
+    SIGHUP, which a terminal sends when it closes, unless it is ignored, as under nohup.
 
     torchrun passes on a signal that the terminal has already sent, so a second one means the same; the third
     ends the process at once. Python runs its signal handlers between bytecodes, which a backward pass can
@@ -75,8 +76,11 @@ class StopSignal:
         waker.setblocking(False)
         self.waker = waker  # stays open as long as signals may come
         signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        self.ctrl_break = getattr(signal, "SIGBREAK", None)
-        for number in {signal.SIGTERM, signal.SIGINT, self.ctrl_break} - {None}:
+        hang_up = getattr(signal, "SIGHUP", None)
+        if hang_up and signal.getsignal(hang_up) == signal.SIG_IGN:
+            hang_up = None
+        self.as_sigterm = {getattr(signal, "SIGBREAK", None), hang_up} - {None}
+        for number in {signal.SIGTERM, signal.SIGINT} | self.as_sigterm:
             signal.signal(number, lambda number, frame: None)  # the thread does the work
         threading.Thread(target=self._listen, name="stop signal", daemon=True).start()
 
@@ -88,13 +92,13 @@ class StopSignal:
             except TimeoutError:
                 self._look_for_agent()
                 continue
-            number = signal.SIGTERM if received == self.ctrl_break else received
+            number = signal.SIGTERM if received in self.as_sigterm else received
             self.number = self.number or number
             self.times += 1
             if self.times > 2:
                 os._exit(128 + number)
             if self.announce:
-                name = signal.Signals(number).name
+                name = signal.Signals(received).name
                 left = "once" if self.times == 2 else "twice"
                 text = f"\n{name}: stopping after this step; {left} more to quit now"
                 print(text, file=sys.stderr, flush=True)
