@@ -47,8 +47,8 @@ class StopSignal:
     Until `listen` is called they end the process at once, as usual.
 
     The death of torchrun counts as SIGTERM: processes that it has left behind would train on unnoticed, and
-    stand in the way of those that the next one starts. So does Ctrl-Break on Windows, which has no SIGTERM, and
-    SIGHUP, which a terminal sends when it closes, unless it is ignored, as under nohup.
+    stand in the way of those that the next one starts. So does Ctrl-Break on Windows, which has no SIGTERM.
+    So does SIGHUP, which a terminal sends when it closes, unless it is ignored, as under nohup.
 
     torchrun passes on a signal that the terminal has already sent, so a second one means the same; the third
     ends the process at once. Python runs its signal handlers between bytecodes, which a backward pass can

@@ -43,7 +43,8 @@ def script(tmp_path: Path, must_finish: bool, redirections: str) -> tuple[int, s
     how = "must finish" if must_finish else "may end"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f'"$0" "$@" {redirections}', sys.executable, "script.py", mark, how],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+        stderr=subprocess.PIPE, text=True, timeout=60,
     )  # fmt: skip
     return done.returncode, done.stderr, mark.exists()
 
@@ -60,7 +61,7 @@ def test_work_that_must_finish_goes_on_without_listeners(tmp_path: Path, redirec
 
 @posix
 def test_a_script_whose_output_is_its_product_ends_with_its_reader(tmp_path: Path) -> None:
-    """Quietly, as others do behind `| head`; a full disk is an error of one line. Its warnings may go unread."""
+    """Quietly, as behind `| head`; a full disk is an error of one line. Warnings may go unread."""
     assert script(tmp_path, False, "</dev/null 2>/dev/null | head -1 >/dev/null")[::2] == (1, False)
     status, errors, finished = script(tmp_path, False, "</dev/null 3>&2 2>/dev/full >/dev/null")
     assert (status, finished) == (0, True)
