@@ -7,20 +7,32 @@ A run is a run folder, its metrics.jsonl, or a plain log of older training scrip
 `STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`.
 """
 
+import codecs
+import contextlib
+import io
+import logging
 import math
+import os
 import re
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
 
 import hellaswag
-from support import cli, metrics, run_folder
+from support import cli, files, metrics, run_folder
 from support.cli import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 PLAIN_LINE = re.compile(r"(\d{1,15})\s+(train|val|hella)\s+(\S+)")
 
 
@@ -28,8 +40,8 @@ PLAIN_LINE = re.compile(r"(\d{1,15})\s+(train|val|hella)\s+(\S+)")
 class Settings:
     runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=lambda: [Path("log")])
     """Run folders, metrics.jsonl files or plain logs."""
-    out: Path | None = None
-    """The figure's file (.png, .pdf, .svg). Default: loss_curves.png in the first run's folder."""
+    out: str | None = None  # a Path would lose a slash at the end, which means a folder
+    """The figure (.png, .pdf, .svg, .jpg) or a folder for it. Default: loss_curves.png in the first run."""
     log_x: bool = False
     """Use a logarithmic step axis."""
     smooth: int = 0
@@ -42,40 +54,108 @@ def plot_run(run: Path) -> Path:
 
 
 def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> Path:
-    """Draw loss, HellaSwag, learning rate and throughput of the runs into one figure.
+    """Draw loss, HellaSwag, learning rate and throughput of the runs into one figure; returns its path.
 
+    The path is `out`, loss_curves.png in it if it is a folder, or `out` with .png if it has no suffix.
     A run of a single evaluation (--max-steps 0) is a baseline: a horizontal line. Raises UserError on runs
-    that cannot be read or contain nothing to draw.
+    that cannot be read or contain nothing to draw, on a negative `smooth`, and if the figure cannot be saved.
     """
+    if smooth < 0:
+        raise UserError(f"--smooth {smooth}: is negative: give a number of steps, or 0 for 1/50 of the run")
+    out = _figure_file(out)
+    series = [read_run(run) for run in runs]
+    with _quiet_matplotlib():
+        _draw(_labels(runs), series, out, log_x, smooth)
+    return out
+
+
+def _figure_file(out: Path) -> Path:
+    if os.path.isdir(out):
+        return out / run_folder.FIGURE
+    if out.suffix in ("", "."):
+        return out.with_name(f"{out.name}.png")
+    if out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {out}: no figure can be saved as {out.suffix}: use {', '.join(SUFFIXES)}")
+    return out
+
+
+@contextlib.contextmanager
+def _quiet_matplotlib() -> Iterator[None]:
+    """Import matplotlib regardless of the environment, and keep its warnings off the terminal.
+
+    Its import fails if MPLBACKEND, which notebooks set, names a backend that is not installed; nothing here
+    uses one. It warns of a home that cannot be written, and once per missing character; _tell_apart prints
+    one line instead.
+    """
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        if "matplotlib" not in sys.modules:
+            _import_matplotlib()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _import_matplotlib() -> None:
+    before = {name: os.environ.get(name) for name in ("MPLBACKEND", "MPLCONFIGDIR")}
+    os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib.figure
+    finally:
+        for name, value in before.items():  # matplotlib itself sets MPLCONFIGDIR if it needs a temporary one
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+    if before["MPLBACKEND"]:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = before["MPLBACKEND"]  # for the notebook's own figures
+
+
+def _draw(labels: list[str], series: list[dict], out: Path, log_x: bool, smooth: int) -> None:
     from matplotlib.figure import Figure  # slow to import, and the training script imports this file
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    series = {label: read_run(path) for label, path in zip(_labels(runs), runs, strict=True)}
     titles = {"loss": "loss (nats per token)", "hellaswag": "HellaSwag acc_norm", "lr": "learning rate"}
     titles["tokens_per_sec"] = "tokens/s"
-    drawn = {"loss"}.union(*series.values())
-    panels = [(kind, title) for kind, title in titles.items() if kind in drawn]
+    drawn = set().union(*series)
+    panels = [
+        (kind, title)
+        for kind, title in titles.items()
+        if kind in drawn or (kind == "loss" and drawn & {"train", "val"})
+    ]
 
-    longest = max((len(s["train"][0]) for s in series.values() if "train" in s), default=0)
+    longest = max((len(s["train"][0]) for s in series if "train" in s), default=0)
     window = smooth or max(1, longest // 50)
+
+    several = len(series) > 1
+    # A single run's name appears only at a HellaSwag baseline. Without one, skip the search for fonts.
+    named = several or len(series[0].get("hellaswag", [()])[0]) == 1
+    labels, fonts = _tell_apart(labels) if named else (labels, None)
 
     heights = [3.2] + [1.0] * (len(panels) - 1)
     figure = Figure(figsize=(12, 2.1 * sum(heights)), dpi=100, layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for number, (label, values) in enumerate(series.items()):
+    for number, (label, values) in enumerate(zip(labels, series, strict=True)):
         color = f"C{number % 10}"
-        name = f"{label}: " if len(series) > 1 else ""
+        # matplotlib leaves names that start with _ out of the legend; _add_legend removes the space again.
+        name = f" {label}: " if several else ""
         for axis, (kind, _) in zip(axes, panels, strict=True):
             if kind == "loss":
                 _draw_losses(axis, values, name, color, window)
             elif kind in values:
                 steps, points = values[kind]
                 if len(steps) == 1:
-                    axis.axhline(points[0], color=color, linestyle=":", label=name.removesuffix(": "))
+                    axis.axhline(points[0], color=color, linestyle=":", label=f" {label}")
                 else:
                     style = "o-" if kind == "hellaswag" else "-"
-                    axis.plot(steps, points, style, color=color, markersize=3, linewidth=1)
-    for axis, (kind, title) in zip(axes, panels, strict=True):
+                    unnamed = several and not values.keys() & {"train", "val"}  # has no losses to label
+                    text = f" {label}" if unnamed else None
+                    axis.plot(steps, points, style, color=color, markersize=3, linewidth=1, label=text)
+    for axis, (kind, title), height in zip(axes, panels, heights, strict=True):
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -85,29 +165,51 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
             published = hellaswag.PUBLISHED["completion"][1]
             axis.axhline(published, color="gray", linestyle="--", linewidth=1, label="OpenAI's GPT-2 124M")
             axis.axhline(0.25, color="gray", linestyle=":", linewidth=1, label="chance")
-            axis.legend(frameon=False)
+        if kind in ("loss", "hellaswag"):
+            _add_legend(axis, fonts, rows=int(9 * height))
         if kind == "tokens_per_sec":
             axis.set_ylim(bottom=0)
             axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if longest > 1000 and not log_x:
-        axes[0].set_ylim(*_loss_limits(series.values(), window))
-    axes[0].legend(frameon=False)
+        axes[0].set_ylim(*_loss_limits(series, window))
     axes[-1].set_xlabel("step")
-    last = max(steps[-1] for values in series.values() for steps, _ in values.values())
+    last = max(steps[-1] for values in series for steps, _ in values.values())
     axes[-1].set_xlim(0, None if last else 1)
     if not log_x:
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     figure.align_ylabels()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, out)
+
+
+def _save(figure: "Figure", out: Path) -> None:
+    """Write the figure to a file, which keeps its earlier contents until the new ones are complete."""
+    temporary = out.with_name(f".tmp-{out.name}")  # with the suffix, by which matplotlib chooses the format
     try:
-        figure.savefig(out)
-    except ValueError as error:
-        raise UserError(f"--out {out}: {error}".splitlines()[0]) from error
-    return out
+        with contextlib.suppress(FileExistsError):
+            out.parent.mkdir(parents=True)
+        figure.savefig(temporary)
+        files.flush_to_disk(temporary)
+        files.replace(temporary, out)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--out {out}: cannot be written ({reason}): name another file") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def _draw_losses(axis: object, values: dict, name: str, color: str, window: int) -> None:
+def _add_legend(axis: "Axes", fonts: list[str] | None, rows: int) -> None:
+    """Add a legend with the names of runs as they are; matplotlib would read $ as mathematics."""
+    columns = 1 + (len(axis.get_legend_handles_labels()[1]) - 1) // rows
+    legend = axis.legend(frameon=False, prop={"family": fonts}, ncols=columns)
+    legend.set_in_layout(False)  # one that is too large would squeeze the curves to nothing
+    for text in legend.get_texts():
+        text.set_text(text.get_text().removeprefix(" "))
+        text.set_parse_math(False)
+
+
+def _draw_losses(axis: "Axes", values: dict, name: str, color: str, window: int) -> None:
     if "train" in values:
         steps, losses = values["train"]
         axis.plot(steps, losses, color=color, alpha=0.25 if window > 1 else 0.8, linewidth=0.8)
@@ -144,6 +246,7 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.where(known, values, 0.0).cumsum()])
     counts = np.concatenate([[0], known.cumsum()])
+    window = min(window, 2 * len(values))  # as wide as the whole run for each value, and within int64
     center = np.arange(len(values))
     begin = np.maximum(0, center - (window - 1) // 2)
     end = np.minimum(len(values), center + window // 2 + 1)
@@ -156,17 +259,19 @@ def read_run(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     Raises UserError if there is nothing to read, or nothing to draw.
     """
-    file = path / run_folder.METRICS if path.is_dir() else path
-    if not file.is_file():
+    is_folder = os.path.isdir(path)  # unlike Path.is_dir, no error for a name that is too long
+    file = path / run_folder.METRICS if is_folder else path
+    if not os.path.isfile(file):
+        others = run_folder.runs_below(path) if is_folder else ""
         raise UserError(
-            f"{path}: no run there: name a run folder, a metrics.jsonl or a plain log"
-            f"{run_folder.runs_below(path)}"
+            f"{path}: no run there that can be read: name a run folder, a metrics.jsonl or a plain log"
+            f"{others}"
         )
     points: dict[str, list[tuple[int, float]]] = {}
-    for name, step, value in _records(file) if file.suffix == ".jsonl" else _plain_lines(file):
+    for name, step, value in _records(file) if file.suffix.lower() == ".jsonl" else _plain_lines(file):
         points.setdefault(name, []).append((step, np.nan if value is None else float(value)))
     if not points:
-        raise UserError(f"{file}: contains no losses to draw yet")
+        raise UserError(f"{file}: contains no losses to draw yet: leave it out until it does")
     return {
         name: tuple(np.array(column) for column in zip(*sorted(p), strict=True)) for name, p in points.items()
     }
@@ -187,8 +292,11 @@ def _records(file: Path) -> list[tuple[str, int, object]]:
 
 
 def _plain_lines(file: Path) -> list[tuple[str, int, object]]:
+    content = file.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # from PowerShell's >
+    text = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace")
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if not line.strip():
             continue
         match = PLAIN_LINE.match(line.strip())
@@ -202,18 +310,72 @@ def _plain_lines(file: Path) -> list[tuple[str, int, object]]:
 
 
 def _labels(runs: list[Path]) -> list[str]:
-    """A short name for each run: its folder's, or the full path if names repeat."""
-    names = [
-        run.parent.name if run.name == run_folder.METRICS else run.stem if run.is_file() else run.name
-        for run in runs
+    """A name for each run: its folder's, or its path if names repeat."""
+    sources = [
+        run.parent if run.name.lower() == run_folder.METRICS and run.is_file() else run for run in runs
     ]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+    sources = [source.resolve() if source.name in ("", "..") else source for source in sources]
+    names = [source.stem if source.is_file() else source.name for source in sources]
+    if len(set(names)) < len(names):
+        names = [str(source) for source in sources]
+    # A line break would split the label, and an SVG cannot hold a control character.
+    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in names]
+
+
+def _tell_apart(labels: list[str]) -> tuple[list[str], list[str]]:
+    """Number the labels that would look alike, and find the font families that draw them all.
+
+    Characters that no installed font has are drawn as boxes, with a note on stderr.
+    """
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager, get_font
+
+    families = list(rcParams["font.family"])
+    usual = [get_font(findfont(FontProperties(family=[family]))) for family in families]
+    missing = {c for c in "".join(labels) if not any(font.get_char_index(ord(c)) for font in usual)}
+    # The files rather than matplotlib's list of them: that is cached, and lacks fonts installed since.
+    paths = sorted(findSystemFonts()) if missing else []
+    found = {path: _outlines(path, missing) for path in paths if "lastresort" not in path.lower()}
+    for path in sorted(found, key=lambda path: (-len(found[path]), "regular" not in path.lower())):
+        if found[path] & missing:
+            fontManager.addfont(path)
+            families.append(FontProperties(fname=path).get_name())
+            missing -= found[path]
+    if missing:
+        print(
+            f"note: no installed font has {''.join(sorted(missing))}: such runs are numbered in the legend; "
+            "install Noto Sans CJK for Chinese or Noto Emoji for emoji, then draw again",
+            file=sys.stderr,
+        )
+    numbered = [
+        f"{label} (run {number})" if labels.count(label) > 1 or missing & set(label) else label
+        for number, label in enumerate(labels, start=1)
+    ]
+    return numbered, families
+
+
+def _outlines(path: str, characters: set[str]) -> set[str]:
+    """The characters that a font file has an outline for. Fonts of coloured emoji have none."""
+    from matplotlib import font_manager
+
+    found = set()
+    with contextlib.suppress(RuntimeError, OSError):  # a file that FreeType does not read
+        font = font_manager.get_font(path)
+        font.set_size(10, 72)
+        for character in characters:
+            if font.get_char_index(ord(character)):
+                font.load_char(ord(character))
+                if len(font.get_path()[0]):
+                    found.add(character)
+    return found
 
 
 def main() -> None:
     settings = cli.parse(Settings, "Draw the loss curves of one run or several.")
     first = settings.runs[0]
-    out = settings.out or (first if first.is_dir() else first.parent) / run_folder.FIGURE
+    out = Path(settings.out or (first if os.path.isdir(first) else first.parent) / run_folder.FIGURE)
+    if settings.out and settings.out.endswith(("/", os.sep)):
+        out /= run_folder.FIGURE
     print(plot(settings.runs, out, settings.log_x, settings.smooth))
 
 

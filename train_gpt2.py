@@ -93,6 +93,7 @@ class Run:
 def set_up(s: Settings, rt: Runtime) -> Run:
     """Everything a run needs, from settings to a resumed state. Raises UserError on a user's mistake."""
     clock = Clock()
+    rt.run_on_some(rt.is_main, lambda: run_folder.check(s))  # before anything is fetched into it
     if s.init_from == "scratch":  # before anything is fetched; other models first say how large they are
         refuse_long_run(s, scratch_config(s), rt)
     hub_state = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")

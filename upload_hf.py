@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from torch import Tensor
 
 import hellaswag
@@ -105,7 +104,7 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
             unsent[name] = f"left out: {run / name}: not of step {step}"
     files |= {there: run / name for name, there in RUN_FILES.items() if name not in unsent}
     files |= {path.name: path for path in sorted(run.glob("*.png"))}
-    token = get_token()
+    token = hub.token()
     for path in files.values():
         if not path.resolve().is_relative_to(run.resolve()):
             raise UserError(f"{path}: leads out of {run} to {path.resolve()}: put a copy there")
@@ -137,6 +136,8 @@ def licence_and_language(s: Settings, dataset: str) -> list[str]:
     if dataset and not all(given.values()):
         try:
             with hub.user_errors(dataset):
+                from huggingface_hub import HfApi
+
                 card = HfApi().dataset_info(dataset, timeout=10).card_data or {}
             given = {key: value or card.get(key) for key, value in given.items()}
         except UserError as error:
@@ -218,6 +219,8 @@ def upload(s: Settings) -> None:
     """Send the run in one commit, and tag it if there is a --revision."""
     if not s.repo_id:
         raise UserError("--repo-id: required: USER/NAME of the model on the Hub")
+    what = f"--repo-id {s.repo_id}"
+    hub.check_name(what, s.repo_id)
     folder = pick_checkpoint(s.run, s.checkpoint)
     files, unsent = collect(s.run, folder)
     card = model_card(s, checkpoint.step_of(folder), files)
@@ -226,16 +229,16 @@ def upload(s: Settings) -> None:
     for name, path in files.items():
         print(f"{path.stat().st_size:>13,}  {name}  <- {path}")
     print(f"{len(card.encode()):>13,}  README.md")
-    what = f"--repo-id {s.repo_id}"
     if s.dry_run:
         print(f"\n{card}")
         if not s.private:
             print("note: if the model is new on the Hub, everyone may see it: --private prevents that")
         return
-    if not get_token():
-        raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")
-    api = HfApi()
+    hub.require_token(what)
     with hub.user_errors(what):
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+        api = HfApi()
         hub.with_retries(lambda: api.create_repo(s.repo_id, private=s.private or None, exist_ok=True))
         if s.revision and s.revision in {tag.name for tag in api.list_repo_refs(s.repo_id).tags}:
             raise UserError(f"--revision {s.revision}: a tag of that name already exists: choose another")
@@ -254,22 +257,27 @@ def upload(s: Settings) -> None:
 # ---------------------------------------------------------------- conversion
 
 
+PADDED_VOCAB_SIZE = 50304  # rows of the embedding in build-nanogpt and nanoGPT
+
+
 class _SavedConfig:
     """Stands in for another program's settings class: its values are read, its code is not."""
 
 
 def read_pt(file: Path) -> dict[str, object]:
-    """The contents of an older checkpoint; a settings object becomes a dictionary. No code in it is run.
+    """The contents of a .pt checkpoint: in "model" its tensors, in "config" its sizes. No code in it is run.
 
-    Raises UserError if it cannot be read, or needs more than tensors, plain values and a GPTConfig.
+    Raises UserError if it cannot be read, or needs more than tensors, plain values and a settings object.
     """
     if not file.is_file():
-        raise UserError(f"--convert {file}: no such file")
+        raise UserError(f"--convert {file}: {'a folder, not a' if file.is_dir() else 'no such'} file")
+    if file.suffix == ".safetensors":
+        raise UserError(f"--convert {file}: needs no conversion: --model takes its folder, {file.parent}")
     try:
         needed = (
             torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
         )
-        foreign = [name for name in needed if name.rpartition(".")[2] != "GPTConfig"]
+        foreign = [name for name in needed if name.rpartition(".")[2] not in ("GPTConfig", "Namespace")]
         if foreign:
             raise UserError(
                 f"--convert {file}: refused: loading it would run code ({', '.join(foreign)}): save the "
@@ -280,38 +288,58 @@ def read_pt(file: Path) -> dict[str, object]:
     except UserError:
         raise
     except Exception as error:
+        pretrained.refuse_lfs_pointer(file)
         # Only the name from torch's long message: the rest says how to load the file unsafely.
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would run code, {code[1]}" if code else f"damaged, or not a torch file: {error!r:.80}"
+        reason = f"it would run code, {code[1]}" if code else "damaged, or not written by torch.save"
         raise UserError(f"--convert {file}: refused: {reason}: save tensors and plain values") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "config" not in saved:
-        raise UserError(f"--convert {file}: not a checkpoint of the form {{'model': …, 'config': …}}")
-    config = saved["config"]
-    return {**saved, "config": vars(config) if isinstance(config, _SavedConfig) else config}
+    saved = saved if isinstance(saved, dict) else {}
+    # nanoGPT's config holds its script's defaults, which are not the sizes of a model it fine-tuned.
+    settings = saved.get("model_args") or saved.get("config")
+    settings = vars(settings) if isinstance(settings, _SavedConfig) else settings
+    if not isinstance(saved.get("model"), dict) or not isinstance(settings, dict):
+        # A state_dict alone is not enough: nothing in it tells the number of heads.
+        raise UserError(
+            f"--convert {file}: not a checkpoint of the form {{'model': …, 'config': {{'n_layer': …, "
+            "'n_head': …, 'n_embd': …, 'block_size': …}}: save it so, or if transformers saved it, name its "
+            "folder with --model"
+        )
+    tensors = {
+        str(name).removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module."): tensor
+        for name, tensor in saved["model"].items()
+        if isinstance(tensor, Tensor)
+    }
+    return {"step": saved.get("iter_num", "unknown"), **saved, "model": tensors, "config": settings}
 
 
 def convert(file: Path, out: Path) -> None:
-    """Convert an older checkpoint of a GPT-2 to a folder that transformers and this project load.
+    """Convert a checkpoint of build-nanogpt or nanoGPT to a folder that transformers and this project load.
 
     Raises UserError if it contains another model, or if `out` already contains files.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: already exists: name a new folder")
     saved = read_pt(file)
+    tensors: dict[str, Tensor] = saved["model"]
     try:
         shape = {name: int(saved["config"][name]) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--convert {file}: its config is not a GPT-2's ({error!r})") from error
-    tensors: dict[str, Tensor] = {
-        name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module."): tensor
-        for name, tensor in saved["model"].items()
-    }
     model = GPT(GPTConfig(vocab_size=tokenizer.VOCAB_SIZE, **shape))
     wte, head = (tensors.get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
     if wte is not None and head is not None and not torch.equal(wte, head):
         raise UserError(f"--convert {file}: its head is not tied to its embedding: this is not GPT-2")
+    if wte is not None and wte.dim() == 2 and len(wte) not in (tokenizer.VOCAB_SIZE, PADDED_VOCAB_SIZE):
+        raise UserError(
+            f"--convert {file}: has {len(wte):,} token ids: only a model with GPT-2's vocabulary of "
+            f"{tokenizer.VOCAB_SIZE:,} can be converted: train one on GPT-2's tokens"
+        )
+    parameters = dict(model.named_parameters())
+    biases = {name for name in parameters if name.endswith(".bias")}
+    if not biases & set(tensors):  # nanoGPT's bias=False
+        tensors |= {name: torch.zeros_like(parameters[name]) for name in biases}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             tensor = tensors.get(name)
             if tensor is not None:
                 tensor = pretrained.without_padding(name, tensor, tokenizer.VOCAB_SIZE)
@@ -327,7 +355,9 @@ def convert(file: Path, out: Path) -> None:
     if out.exists():
         out.rmdir()
     unfinished.rename(out)
-    print(f"{out}: {model.config.n_parameters:,} parameters, step {saved.get('step', 'unknown')}")
+    print(f"{out}: {model.config.n_parameters:,} parameters, step {saved['step']}")
+    if "model_args" in saved:
+        print("note: GPT-2 approximates GELU, nanoGPT since June 2023 does not: losses differ slightly")
 
 
 def main() -> None:
@@ -341,4 +371,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, must_finish=True)

@@ -190,7 +190,7 @@ def _save(out_dir: Path, name: str, number: int, tokens: np.ndarray) -> dict[str
     with open(temporary, "wb") as file:
         np.save(file, tokens)
         file.flush()
-        os.fsync(file.fileno())
+        files.fsync(file.fileno())
     entry = {
         "file": path.name,
         "documents": int(np.count_nonzero(tokens == tokenizer.END_OF_TEXT_ID)),

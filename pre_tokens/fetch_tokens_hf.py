@@ -6,6 +6,7 @@
 train_gpt2.py fetches what it needs by itself. `python dataloader.py` does the same as this script.
 """
 
+import contextlib
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,10 @@ def fetch(repo_id: str, data_dir: Path, num_shards: int = 0) -> None:
         manifest = _manifest_on_hub(repo_id, revision, on_hub)
     for entry in manifest["shards"]:
         _check_entry(entry, on_hub.get(entry["file"]), repo_id)
+    if not shards.missing(data_dir, manifest, num_shards):
+        with contextlib.suppress(OSError):  # read-only data: it only saves the next look
+            shards.write_manifest(data_dir, manifest)
+        return
     with shards.locked(data_dir):
         shards.write_manifest(data_dir, manifest)
         needed = shards.missing(data_dir, manifest, num_shards)
@@ -71,10 +76,10 @@ class HubFile:
 
 def _list_hub(repo_id: str) -> tuple[str, dict[str, HubFile]]:
     """The newest commit of a data set, and its shards and manifest by file name."""
-    from huggingface_hub import HfApi
-
     without_network = "use --preset demo, or --data-dir with a folder of shards"
     with hub.user_errors(f"--dataset-repo {repo_id}", without_network):
+        from huggingface_hub import HfApi
+
         info = hub.with_retries(lambda: HfApi().dataset_info(repo_id, files_metadata=True, timeout=30))
     found = {}
     for file in info.siblings:
@@ -218,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, must_finish=True)

@@ -22,8 +22,9 @@ from support.tokenizer import VOCAB_SIZE
 
 Split = Literal["train", "val"]
 
-# No separators in the name: one that comes from the Hub or a manifest stays inside the folder.
-SHARD_NAME = re.compile(r"(?P<name>[^/\\:\0]+)_(?P<split>train|val)_(?P<number>\d{6})\.npy")
+# No path separators, so that a name from the Hub or a manifest cannot leave the folder. No dot in front:
+# hidden files, such as those that a Mac leaves beside each file on other systems' disks, are no shards.
+SHARD_NAME = re.compile(r"(?P<name>[^./\\:\0][^/\\:\0]*)_(?P<split>train|val)_(?P<number>\d{6})\.npy")
 MANIFEST = "manifest.json"
 SPOT_CHECK_TOKENS = 2**20
 
@@ -142,7 +143,13 @@ def find_shards(data_dir: Path, num_shards: int = 0) -> dict[Split, list[Shard]]
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create the folder and hold its lock, waiting for any other process or machine that writes there."""
+    """Create the folder and hold its lock, waiting for any other process or machine that writes there.
+
+    Raises UserError if another program's manifest.json is there, which ours would replace.
+    """
+    path = folder / MANIFEST
+    if path.exists() and read_manifest(path) is None:
+        raise UserError(f"{path}: another program's: name another folder")
     files.make_folder(folder)
     lock = files.lock_folder(folder)
     if lock is None:

@@ -92,7 +92,7 @@ class Files:
 def _user_errors(name: str) -> Iterator[None]:
     """Turn the errors of a broken file or connection into a UserError that names the file."""
     try:
-        with hub.user_errors(name, "run the same command again to continue"):
+        with hub.translated_errors(name, "run the same command again to continue"):
             yield
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 at byte {error.start} of a block: convert the file") from error
@@ -236,11 +236,11 @@ def on_hub(repo_id: str, subset: str, revision: str, text_column: str) -> Files:
     subset: a configuration from the data set's card, or a folder; "" for all files.
     Raises UserError if the data set, the revision or the subset does not exist.
     """
-    from huggingface_hub import HfApi, HfFileSystem
-
     what = f"--repo-id {repo_id} --revision {revision}"
     offline = "without a network use --source builtin, or --files for local text"
     with hub.user_errors(what, offline):
+        from huggingface_hub import HfApi, HfFileSystem
+
         info = hub.with_retries(lambda: HfApi().dataset_info(repo_id, revision=revision, files_metadata=True))
     sizes = {file.rfilename: file.size for file in info.siblings if file.rfilename.endswith(".parquet")}
     patterns = _patterns_of(info.card_data, subset)

@@ -16,8 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules beside this folder
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from pre_tokens import shards
 from support import cli, hub
@@ -42,12 +41,13 @@ class Settings:
 
 def main() -> None:
     s = cli.parse(Settings, "Upload token shards to the Hugging Face Hub.")
-    manifest = manifest_of(s.folder)
     what = f"--repo-id {s.repo_id}"
+    hub.check_name(what, s.repo_id)
+    manifest = manifest_of(s.folder)
     held = {}
     try:
-        if get_token() or s.dry_run:
-            with hub.user_errors(what):
+        with hub.user_errors(what):
+            if s.dry_run or hub.token():
                 held = hashes_on_hub(s.repo_id)
     except UserError as error:
         if not s.dry_run:
@@ -65,14 +65,12 @@ def main() -> None:
         if not s.private:
             print("note: if the data set is new on the Hub, everyone may see it: --private prevents that")
         return
-    if not get_token():
-        raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")
+    hub.require_token(what)
     for entry in new:
         if sha256_of(s.folder / entry["file"]) != entry["sha256"]:
             raise UserError(f"{s.folder / entry['file']}: differs from {shards.MANIFEST}: build it again")
     with hub.user_errors(what):
         send(s, manifest, new)
-    print(f"done: {HfApi().endpoint}/datasets/{s.repo_id}")
 
 
 def manifest_of(folder: Path) -> dict:
@@ -96,8 +94,12 @@ def manifest_of(folder: Path) -> dict:
 
 def hashes_on_hub(repo_id: str) -> dict[str, str]:
     """File name -> SHA-256 of the data set's files; an empty dictionary if there is no such data set."""
+    from huggingface_hub import HfApi
+
     try:
         info = hub.with_retries(lambda: HfApi().dataset_info(repo_id, files_metadata=True))
+    except GatedRepoError:  # a kind of the next
+        raise
     except RepositoryNotFoundError:
         return {}
     return {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
@@ -105,6 +107,8 @@ def hashes_on_hub(repo_id: str) -> dict[str, str]:
 
 def send(s: Settings, manifest: dict, new: list[dict]) -> None:
     """Upload the shards, a few per commit, and the manifest last: with it the data set is complete."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
     api = HfApi()
     hub.with_retries(
         lambda: api.create_repo(s.repo_id, repo_type="dataset", private=s.private or None, exist_ok=True)
@@ -124,7 +128,8 @@ def send(s: Settings, manifest: dict, new: list[dict]) -> None:
     for title, contents in commits:
         work = functools.partial(commit, title, contents)
         hub.with_retries(work, retry_on=(*hub.RETRYABLE, *hub.CONFLICTS))
+    print(f"done: {api.endpoint}/datasets/{s.repo_id}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, must_finish=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from support import pretrained, tokenizer
 from support.cli import UserError
-from support.files import check_regular, flush_to_disk, make_folder, replace, sha256_of
+from support.files import check_regular, flush_to_disk, make_folder, remove, replace, sha256_of
 
 FOLDER = "checkpoints"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -189,10 +189,24 @@ def remove_unfinished(out_dir: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first: a crash half-way must not leave a part under a checkpoint's name.
-    hidden = folder.with_name(UNFINISHED + "old-" + folder.name)
-    replace(folder, hidden)
-    shutil.rmtree(hidden)
+    if not folder.is_symlink():
+        # Renamed first: a crash half-way must not leave a part under a checkpoint's name.
+        hidden = folder.with_name(UNFINISHED + "old-" + folder.name)
+        replace(folder, hidden)
+        folder = hidden
+    remove(folder)
+
+
+def remove_all(out_dir: Path) -> None:
+    """Remove a run's checkpoints, and their folder if nothing else is in it.
+
+    Where that is a link to a larger disk, the link stays.
+    """
+    remove_unfinished(out_dir)
+    for folder in folders(out_dir):
+        _remove(folder)
+    with contextlib.suppress(OSError):
+        (out_dir / FOLDER).rmdir()
 
 
 # ---------------------------------------------------------------- verifying

@@ -27,6 +27,8 @@ SHA256 = {
     "hellaswag_val.parquet": "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",
 }
 
+BY_HAND = "name a copy of either file with --data (in training --hellaswag-data)"
+
 # Seconds to connect, read, write and wait for a connection: a host that a firewall blocks may never answer.
 TIMEOUT = (10, 60, 60, 10)
 
@@ -37,25 +39,35 @@ def fetch() -> Path:
     Tries GitHub, then the Hub; a mirror of the Hub comes before GitHub.
     Raises UserError if neither has the file, or if the one on the disk is damaged.
     """
+    try:
+        return _on_disk() or _fetch()
+    except OSError as error:
+        raise UserError(f"{FOLDER}: cannot be read or written ({hub.reason(error)}): {BY_HAND}") from error
+
+
+def _on_disk() -> Path | None:
     for path in (FOLDER / name for name in SHA256):
         if path.exists():
             if problem := _difference(path.name, path.read_bytes()):
                 raise UserError(f"{path}: {problem}: remove it to fetch it again")
             return path
+    return None
 
+
+def _fetch() -> Path:
+    hub.check_environment()
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
 
     places = [
-        ("hellaswag_val.jsonl", GITHUB, {}),
-        ("hellaswag_val.parquet", hf_hub_url(**HUB, repo_type="dataset"), build_hf_headers()),
+        ("hellaswag_val.jsonl", GITHUB),
+        ("hellaswag_val.parquet", hf_hub_url(**HUB, repo_type="dataset")),
     ]
     if os.environ.get("HF_ENDPOINT"):
         places.reverse()
     problems = []
-    for name, url, headers in places:
+    for name, url in places:
         try:
-            content = _download(name, url, headers)
+            content = _download(name, url)
         except UserError as error:
             problems.append(str(error))
             continue
@@ -68,21 +80,27 @@ def fetch() -> Path:
         return FOLDER / name
     raise UserError(
         f"HellaSwag cannot be fetched from {' or '.join(problems)}: set HF_ENDPOINT to a mirror of the Hub, "
-        "or name a copy of either file with --data (in training --hellaswag-data)"
+        f"or {BY_HAND}"
     )
 
 
-def _download(name: str, url: str, headers: dict[str, str]) -> bytes:
+def _download(name: str, url: str) -> bytes:
     """The file at an address. Raises UserError if it cannot be fetched, or is another one."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import build_hf_headers, get_session
 
     try:
+        # GitHub does without the token, and must not see it.
+        headers = {} if url == GITHUB else build_hf_headers(token=hub.token())
         # The Hub's client rather than urllib, which finds no certificates in python.org's Python for macOS.
         response = get_session().get(url, headers=headers, timeout=TIMEOUT)
-        problem = "" if response.is_success else f"HTTP {response.status_code}"
-    except (hub.HTTPError, OSError, ImportError) as error:  # ImportError: a SOCKS proxy needs a package
-        problem = (str(error) or type(error).__name__).splitlines()[0]
-    problem = problem or _difference(name, response.content)
+    except UserError as error:
+        raise UserError(f"{url} ({error})") from error
+    except Exception as error:  # whatever it is: training goes on without HellaSwag
+        raise UserError(f"{url} ({hub.way_reason(error)})") from error
+    if response.is_success:
+        problem = _difference(name, response.content)
+    else:
+        problem = f"HTTP {response.status_code}" if url == GITHUB else hub.refusal(response)
     if problem:
         raise UserError(f"{url} ({problem})")
     return response.content

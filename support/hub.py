@@ -1,9 +1,17 @@
-"""The Hugging Face Hub: its errors in a user's words, and retries of those that go away."""
+"""The Hugging Face Hub: the way there, its errors in a user's words, and retries of those that go away.
+
+Everything that needs the Hub happens within `user_errors`, which checks the environment first. Some variables
+break the import of the client, so that belongs there too.
+"""
 
 import contextlib
+import os
+import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -14,6 +22,9 @@ from huggingface_hub.errors import (
 
 from support.cli import UserError
 
+if TYPE_CHECKING:
+    from httpx import Response
+
 T = TypeVar("T")
 
 # The client's base class of everything that can go wrong with a request: httpx's, or httpx2's from version 2.
@@ -23,6 +34,94 @@ SERVER_ERRORS = (500, 502, 503, 504)
 RETRYABLE = (408, 429, *SERVER_ERRORS)
 MAX_WAIT = 300  # seconds; the Hub counts requests over windows of five minutes
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")  # in capitals or not
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+TIMEOUTS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+TOKEN = re.compile(r"[\w.~+/-]+=*", re.ASCII)  # all that may follow "Bearer " (RFC 6750)
+# The address of a repository's page, in that of a request about it.
+PAGE = re.compile(
+    r"(https?://[^/]+)(?:/api)?(?:/models)?"
+    r"((?:/datasets)?/[^/?]+(?:/(?!(?:resolve|revision|tree)/)[^/?]+)?)"
+)
+
+
+class NoWay(UserError):
+    """This machine's environment stops the client: retries do not help before someone mends it."""
+
+
+# ---------------------------------------------------------------- the way there
+
+
+def check_environment() -> None:
+    """Raise NoWay if the environment leaves no way to the Hub; correct what can only mean one thing."""
+    for name, value in list(os.environ.items()):
+        if name.startswith("HF_") and not value.strip():
+            del os.environ[name]  # from a container that passes on what is not set
+        elif name.upper() in PROXIES and value.lower().startswith("socks://"):
+            os.environ[name] = "socks5" + value[len("socks") :]  # GNOME writes SOCKS 5 so
+    for name in TIMEOUTS:
+        try:
+            int(os.environ.get(name, "0"))
+        except ValueError as error:
+            value = os.environ[name]
+            raise NoWay(f"{name} {value}: not a whole number of seconds: correct or unset it") from error
+    if endpoint := os.environ.get("HF_ENDPOINT", "").strip():
+        if not _is_address(endpoint):
+            raise NoWay(f"HF_ENDPOINT {endpoint}: not of the form https://HOST: correct or unset it")
+        os.environ["HF_ENDPOINT"] = endpoint
+    try:
+        from huggingface_hub import get_session
+
+        get_session()  # creates the client of all requests, with the proxies and certificates it is to use
+    except Exception as error:
+        names = _set(*CERTIFICATES) if isinstance(error, OSError) else _set(*PROXIES, "NO_PROXY")
+        names = names or "the system's settings"
+        raise NoWay(f"{names}: no way to the Hub ({reason(error)}): correct or unset") from error
+
+
+def _is_address(text: str) -> bool:
+    try:
+        address = urlsplit(text)
+        return address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+    except ValueError:  # of a port or an IPv6 address
+        return False
+
+
+def _set(*names: str) -> str:
+    """Those of these variables that are set, as the environment writes them."""
+    return ", ".join(name for name, value in os.environ.items() if name.upper() in names and value)
+
+
+def token() -> str | None:
+    """The user's token, None without one. Raises UserError if it cannot be read, or is no token."""
+    check_environment()
+    from huggingface_hub import constants, get_token
+
+    source = next((name for name in TOKENS if os.environ.get(name)), constants.HF_TOKEN_PATH)
+    try:
+        found = get_token()
+    except Exception as error:  # of a file, or of a login without a token in a CI
+        raise UserError(f"{source}: no token can be read ({reason(error)}): set HF_TOKEN") from error
+    if found and not TOKEN.fullmatch(found):
+        raise UserError(f"{source}: not a token: paste it anew, with nothing before or after it")
+    return found
+
+
+def require_token(what: str) -> None:
+    """Raise UserError without a token."""
+    if not token():
+        raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")
+
+
+def check_name(what: str, repo_id: str) -> None:
+    """Raise UserError unless this can name a repository to write to. For reading, some names have no user."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
+        raise UserError(f"{what}: not of the form USER/NAME: give the user or organization, and the name")
+
+
+# ---------------------------------------------------------------- errors
+
 
 @contextlib.contextmanager
 def user_errors(
@@ -31,31 +130,89 @@ def user_errors(
     """Turn the Hub's errors into a UserError that starts with `what`: a flag and its value, or a file.
 
     when_unreachable, when_busy: what to do without a network, and about errors that go away. No message
-    contains the token.
+    contains the token. Checks the environment and the token first.
     """
+    token()
+    with translated_errors(what, when_unreachable, when_busy):
+        yield
+
+
+@contextlib.contextmanager
+def translated_errors(
+    what: str, when_unreachable: str = "try again later", when_busy: str = "run the same command again"
+) -> Iterator[None]:
+    """`user_errors` for files that may be on the Hub or on this disk: it checks nothing first."""
     try:
         yield
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else "no network"
-        raise UserError(f"{what}: the Hub cannot be reached ({reason}): {when_unreachable}") from error
-    except HFValidationError as error:
-        raise UserError(f"{what}: not a valid Hub name: {str(error).splitlines()[0]}") from error
-    except (HTTPError, RuntimeError) as error:
-        # The client wraps errors that occur while it uploads a file.
-        cause = error if isinstance(error, HTTPError) else error.__cause__
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            raise UserError(f"{what}: HTTP {status}: {_advice(status, when_busy)}") from error
-        if isinstance(cause, HTTPError):
-            reason = type(cause).__name__
-            raise UserError(f"{what}: the Hub cannot be reached ({reason}): {when_unreachable}") from error
+    except UserError:
         raise
+    except Exception as error:
+        causes = _causes(error)
+        for cause in causes:
+            if isinstance(cause, HfHubHTTPError):
+                raise UserError(f"{what}: {refusal(cause.response, when_busy)}") from error
+            if isinstance(cause, HFValidationError):
+                text = str(cause).splitlines()[0]
+                raise UserError(f"{what}: not a name of the form USER/NAME ({text})") from error
+            if isinstance(cause, HTTPError | OfflineModeIsEnabled):
+                offline = isinstance(cause, OfflineModeIsEnabled)
+                why = "HF_HUB_OFFLINE is set" if offline else way_reason(cause)
+                raise UserError(f"{what}: the Hub cannot be reached ({why}): {when_unreachable}") from error
+        if isinstance(error, LocalEntryNotFoundError):
+            why = way_reason(causes[-1]) if len(causes) > 1 else "no network"
+            raise UserError(f"{what}: the Hub cannot be reached ({why}): {when_unreachable}") from error
+        if not _is_from_client(error):
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            place = f"{error.filename}: " if error.filename else ""
+            advice = "free some space, or name another folder (HF_HOME for the Hub's cache)"
+            raise NoWay(f"{what}: {place}{error.strerror}: {advice}") from error
+        raise NoWay(f"{what}: the Hub's client failed ({way_reason(error)}): {when_unreachable}") from error
 
 
-def _advice(status: int, when_busy: str) -> str:
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """An error, what it was raised from, and so on: the client wraps some errors in others."""
+    found = []
+    while error is not None:
+        found.append(error)
+        error = error.__cause__
+    return found
+
+
+def _is_from_client(error: BaseException) -> bool:
+    """True if the error was raised beneath a call of the Hub's client: the rest are bugs of this project."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("huggingface_hub") for frame, _ in frames)
+
+
+def reason(error: BaseException) -> str:
+    """An error as part of a line: its type and its first line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
+
+
+def way_reason(error: BaseException) -> str:
+    """The `reason` of a failed request, and which variables decided where it went."""
+    names = _set("HF_ENDPOINT", *PROXIES)
+    return f"{reason(error)}; set: {names}" if names else reason(error)
+
+
+def refusal(response: "Response", when_busy: str = "run the same command again") -> str:
+    """What an answer of the Hub with an error means, and what to do about it."""
+    return f"HTTP {response.status_code}: {_advice(response, when_busy)}"
+
+
+def _advice(response: "Response", when_busy: str) -> str:
+    status, request = response.status_code, response.request
+    if response.headers.get("X-Error-Code") == "GatedRepo":
+        page = "".join(PAGE.match(str(request.url)).groups())
+        return f"gated: accept its conditions on {page}, and set HF_TOKEN to a token of that account"
+    if response.headers.get("X-Error-Message") == "Access to this resource is disabled.":
+        return "disabled by the Hub: name another"
     if status in (401, 404):
         return "not on the Hub, or not visible to this login: check the name, or set HF_TOKEN"
     if status == 403:
+        if request.method in ("GET", "HEAD") and "/auth-check/" not in request.url.path:
+            return "this token may not read there: use one with read access, or another name"
         return "this token may not write there: use one with write access, or another name"
     if status == 429:
         return "too many requests: wait five minutes; HF_TOKEN raises the limit"
@@ -65,14 +222,12 @@ def _advice(status: int, when_busy: str) -> str:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error, or its cause, is likely to go away: no network or a busy Hub, but not a bad token."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return error.response.status_code in (*RETRYABLE, *CONFLICTS)
-        if isinstance(error, HTTPError | OfflineModeIsEnabled | LocalEntryNotFoundError):
-            return True
-        error = error.__cause__
-    return False
+    """True if an error is likely to go away: no network or a busy Hub, but not a bad token."""
+    causes = _causes(error)
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code in (*RETRYABLE, *CONFLICTS)
+    return any(isinstance(c, HTTPError | OfflineModeIsEnabled | LocalEntryNotFoundError) for c in causes)
 
 
 def with_retries(call: Callable[[], T], tries: int = 5, retry_on: tuple[int, ...] = RETRYABLE) -> T:

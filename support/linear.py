@@ -15,9 +15,7 @@ class Linear(nn.Linear):
     """
 
     FEW_ROWS = 16  # up to here a CPU spends its time reading the matrix, not multiplying
-    cast: tuple[Tensor, Tensor | None] | None = (
-        None  # in 16 bits, while `cast_once` holds them
-    )
+    cast: tuple[Tensor, Tensor | None] | None = None  # in 16 bits, while `cast_once` holds them
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""

@@ -8,7 +8,6 @@
 import contextlib
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from support import trackers
 from support.cli import UserError
-from support.files import check_regular, write_atomically
+from support.files import check_regular, fsync, write_atomically
 from support.trackers import Tracker
 
 Record = dict[str, object]
@@ -75,7 +74,7 @@ class Metrics:
         """Wait until all records are on the disk itself."""
         if self.file is not None:
             with self._space_needed():
-                os.fsync(self.file.fileno())
+                fsync(self.file.fileno())
 
     def close(self) -> None:
         """Give the trackers the time to send what is left, and close the file."""
@@ -114,6 +113,16 @@ def read(path: Path) -> list[Record]:
             raise UserError(f"{path}: line {number} is not a record of a run: remove the line") from error
         records.append(record)
     return records
+
+
+def has_records(path: Path) -> bool:
+    """True if a file is empty or any of its lines is a record: then it is a run's, even if it is damaged."""
+    with open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                if _is_record(json.loads(line)):
+                    return True
+        return file.tell() == 0
 
 
 def _is_record(record: Record) -> bool:

@@ -52,19 +52,17 @@ def prepare(s: Settings) -> str | None:
     """
     if not s.push_to_hub:
         return None
-    from huggingface_hub import get_token
-
     what = f"--push-to-hub {s.push_to_hub}"
-    if not get_token():
-        raise UserError(f"{what}: no token: set HF_TOKEN to one with write access, or run `hf auth login`")
+    hub.check_name(what, s.push_to_hub)
     newest = _newest_step(s.out_dir) if s.resume else None
     try:
         with hub.user_errors(what, "wait until it can, or train without --push-to-hub"):
+            hub.require_token(what)
             there = hub.with_retries(lambda: _open_repository(s))
             if newest is not None:
                 hub.with_retries(lambda: remote.check_same_run(s.push_to_hub, there, s.out_dir))
     except UserError as error:
-        if newest is None or not hub.is_transient(error):
+        if newest is None or not (hub.is_transient(error) or isinstance(error, hub.NoWay)):
             raise
         print(f"warning: {error}")
         print(f"continuing from {s.out_dir}: its checkpoints are sent once the Hub answers")
@@ -94,11 +92,13 @@ def _newest_step(out_dir: Path) -> int | None:
 
 def _open_repository(s: Settings) -> Remote:
     """What the repository holds, after checking the right to write; it is created if it does not exist."""
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     api = remote.client()
     try:
         api.auth_check(s.push_to_hub, write=True)
+    except GatedRepoError:  # a kind of the next
+        raise
     except RepositoryNotFoundError:  # or invisible: then the next line is refused
         api.create_repo(s.push_to_hub, private=not s.push_public, exist_ok=True)
     return remote.look(s.push_to_hub)
@@ -270,18 +270,17 @@ class Pusher:
 
     def _push(self, newest: Path) -> None:
         """One commit: the newest, with --keep-best the best, the record as it is now, no other checkpoint."""
-        from huggingface_hub import CommitOperationDelete
-        from huggingface_hub.utils import disable_progress_bars
-
-        s = self.s
-        disable_progress_bars()
-        api, step = remote.client(), checkpoint.step_of(newest)
+        s, step = self.s, checkpoint.step_of(newest)
         best = run_folder.by_validation_loss(s.out_dir)[:1] if s.keep_best else []
         folders = list(dict.fromkeys([newest, *best]))
         pinned = []
         try:
             with hub.user_errors(f"--push-to-hub {s.push_to_hub}", TRIED_AGAIN, TRIED_AGAIN):
-                there = remote.look(s.push_to_hub)
+                from huggingface_hub import CommitOperationDelete
+                from huggingface_hub.utils import disable_progress_bars
+
+                disable_progress_bars()
+                api, there = remote.client(), remote.look(s.push_to_hub)
                 if there.newest and there.sha != self.head:  # changed by someone else, or never seen
                     remote.check_same_run(s.push_to_hub, there, s.out_dir)
                     if there.newest > step:

@@ -9,9 +9,9 @@ log/loss_curves.png, log/samples.txt, log/summary.json    written at the end of 
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import uuid
@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from filelock import FileLock
 
-from support import attempts, checkpoint, files, metrics, trackers
+from support import attempts, checkpoint, files, metrics, pretrained, trackers
 from support.cli import UserError
 
 DEFAULT = "log"  # of every script's --model or --run
@@ -43,23 +43,82 @@ class Settings(Protocol):
     track: str
 
 
-def claim(s: Settings) -> tuple[Path | None, FileLock]:
-    """Lock the folder for this run; returns the checkpoint to resume from, if any, and the lock.
+# Of a run, besides its checkpoints.
+NAMES = (CONFIG, METRICS, FIGURE, SAMPLES, SUMMARY, attempts.UNDER_WAY, trackers.TENSORBOARD_FOLDER)
 
-    Raises UserError if the folder holds a run and neither --resume nor --overwrite says what to do with it,
-    if that run began with other weights, if another process is training in it, or if it cannot be written.
+
+def check(s: Settings) -> None:
+    """Raise UserError if --out-dir holds something other than a run, or a run and no flag says what to do.
+
+    Called before anything is written: a model or a data set in that folder must stay as it is.
     """
     out_dir = s.out_dir
-    names = (
-        CONFIG, METRICS, checkpoint.FOLDER, FIGURE, SAMPLES, SUMMARY, attempts.UNDER_WAY,
-        trackers.TENSORBOARD_FOLDER,
-    )  # fmt: skip
-    existing = [out_dir / name for name in names if (out_dir / name).exists()]
-    if existing and not (s.resume or s.overwrite):
+    if os.path.lexists(out_dir) and not out_dir.is_dir():
+        raise UserError(f"--out-dir {out_dir}: not a folder: name another")
+    if not out_dir.exists():
+        return
+    if other := _not_of_a_run(out_dir):
+        raise UserError(f"--out-dir {out_dir}: holds {other}, not a run: name another folder")
+    if _is_run(out_dir) and not (s.resume or s.overwrite):
         raise UserError(
             f"--out-dir {out_dir}: already holds a run: continue it with --resume, replace it with "
             "--overwrite, or name another folder"
         )
+
+
+def _not_of_a_run(out_dir: Path) -> str:
+    """Name something in the folder that belongs to no run; empty if there is a run, or room for one.
+
+    Hidden files, other folders and the files that output goes to do not count.
+    """
+    names = sorted(path.name for path in out_dir.iterdir() if not path.name.startswith("."))
+    for name in names:
+        if name.endswith(".safetensors"):
+            return f"a model ({name})"
+        if checkpoint.STEP_FOLDER.fullmatch(name):
+            return f"the checkpoints of a run ({name})"
+    if (out_dir / CONFIG).is_file() and not _is_config_of_a_run(out_dir):
+        return f"another program's {CONFIG}"
+    if (out_dir / METRICS).is_file() and not metrics.has_records(out_dir / METRICS):
+        return f"another program's {METRICS}"
+    others = [] if _is_run(out_dir) else [name for name in names if (out_dir / name).is_file()]
+    return next((name for name in others if not _takes_output(out_dir / name)), "")
+
+
+def _is_run(out_dir: Path) -> bool:
+    return bool(_existing(out_dir) or checkpoint.folders(out_dir))
+
+
+def _is_config_of_a_run(out_dir: Path) -> bool:
+    """True if config.json records a run, or is damaged and lies beside what else a run has."""
+    try:
+        record = json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return (out_dir / METRICS).exists() or checkpoint.folders(out_dir) != []
+    return isinstance(record, dict) and isinstance(record.get("settings"), dict)
+
+
+def _takes_output(path: Path) -> bool:
+    """True if a file is a log by its name, or is where this process prints to."""
+    if path.suffix in (".log", ".out", ".err"):
+        return True
+    with contextlib.suppress(OSError):
+        return any(os.path.samestat(path.stat(), os.fstat(number)) for number in (1, 2))
+    return False
+
+
+def _existing(out_dir: Path) -> list[Path]:
+    return [out_dir / name for name in NAMES if os.path.lexists(out_dir / name)]
+
+
+def claim(s: Settings) -> tuple[Path | None, FileLock]:
+    """Lock the folder for this run; returns the checkpoint to resume from, if any, and the lock.
+
+    With --overwrite, removes the run that is there. Raises UserError as `check` does, if the run there began
+    with other weights, if another process is training in it, or if the folder cannot be written.
+    """
+    out_dir = s.out_dir
+    check(s)
     try:
         files.make_folder(out_dir)
         lock = files.lock_folder(out_dir)
@@ -70,8 +129,9 @@ def claim(s: Settings) -> tuple[Path | None, FileLock]:
     if lock is None:
         raise UserError(f"{out_dir}: another process is training in it: wait, or use another --out-dir")
     if s.overwrite:
-        for path in existing:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        checkpoint.remove_all(out_dir)
+        for path in _existing(out_dir):
+            files.remove(path)
     checkpoint.remove_unfinished(out_dir)
     newest, problems = checkpoint.latest_intact(out_dir) if s.resume else (None, [])
     if newest:
@@ -241,7 +301,7 @@ def find_model(name: str) -> str:
                 f"{name}: no run there: {BEST} takes the best checkpoint of a run{runs_below(folder)}"
             )
         return str(best_checkpoint(folder))
-    if (folder / "model.safetensors").exists():
+    if pretrained.has_weights(folder):
         return name
     if not folder.is_dir():
         if name == DEFAULT:
@@ -250,9 +310,12 @@ def find_model(name: str) -> str:
     newest, problems = checkpoint.latest_intact(folder)
     if newest is None:
         if (folder / CONFIG).exists() and (folder / METRICS).exists():
-            raise UserError(f"{folder}: no checkpoint yet: wait for the run's first (--checkpoint-interval)")
+            raise UserError(
+                f"{folder}: no checkpoint yet: wait for the run's first (--checkpoint-interval)"
+                f"{pretrained.hidden_model(name)}"
+            )
         if runs := runs_below(folder):
-            raise UserError(f"{folder}: not a run{runs}")
+            raise UserError(f"{folder}: not a run{runs}{pretrained.hidden_model(name)}")
         return name
     checkpoint.warn_of_damage(problems, newest)
     return str(newest)

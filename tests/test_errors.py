@@ -123,7 +123,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
     "unknown device": (["--device", "abacus"], "--device abacus"),
     "a share above 1": (["--min-lr-ratio", "2"], "--min-lr-ratio"),
     "a beta of 1": (["--adam-beta2", "1"], "--adam-beta2 1.0"),
-    "no such weights": (["--init-from", "./nowhere"], "nowhere (no such folder"),
+    "no such weights": (["--init-from", "./nowhere"], "nowhere: no such folder"),
     "a shape beside weights": (["--init-from", "x", "--n-layer", "3"], "--n-layer 3: --init-from x has"),
     "a seed of 64 bits": (["--seed", str(2**63)], f"--seed {2**63}"),
     "a folder to build the corpus in": (["--data-dir", "./typo"], "typo: no such folder"),

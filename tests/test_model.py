@@ -123,6 +123,7 @@ def test_openais_own_upload_loads(folder: Path, tmp_path: Path) -> None:
         ({"activation_function": "relu"}, "activation_function"),
         ({"n_inner": 77}, "n_inner"),
         ({"model_type": "llama"}, "model_type"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
         ({"n_layer": 4}, "another shape"),
         ({"n_embd": 64}, "another shape"),
         ({"n_head": 5}, "does not divide"),

@@ -1,14 +1,58 @@
 """Figures: what the curves are drawn from."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from helpers import ROOT, environment, posix
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 import plot_loss
+from support.cli import UserError
+
+TRAIN = [{"step": step, "kind": "train", "loss": 5.0 - step, "lr": 1e-3} for step in range(3)]
+SCORES = [{"step": step, "kind": "hellaswag", "acc": 0.3, "acc_norm": 0.3} for step in range(3)]
+START = [{"step": 0, "kind": "event", "name": "start"}]
+
+
+def write_run(folder: Path, records: list[dict[str, object]] = TRAIN) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures saved so far. Their files have other contents, as drawing takes most of the time."""
+    saved = []
+
+    def save(figure: Figure, out: Path) -> None:
+        saved.append(figure)
+        Path(out).write_bytes(b"figure")
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return saved
+
+
+def legend(figure: Figure) -> list[str]:
+    """The texts of all legends, top to bottom."""
+    legends = [axis.get_legend() for axis in figure.axes]
+    return [text.get_text() for found in legends if found for text in found.get_texts()]
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["plot_loss.py", *map(str, args)])
+    plot_loss.main()
 
 
 def test_a_runs_curves_are_read_as_recorded(train: Callable[..., Path]) -> None:
@@ -75,15 +119,309 @@ def test_a_figure_of_one_evaluation_and_two_lengths(train: Callable[..., Path], 
     assert svg.count("mean of 10 steps -->") == 2
 
 
-def test_the_loss_axis_leaves_out_a_long_runs_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_axis_leaves_out_a_long_runs_start(tmp_path: Path, figures: list[Figure]) -> None:
     """From a loss of 11 to one of 3: the axis has the losses after the first 5 % of the steps."""
-    axes = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, out: axes.append(figure.axes[0]))
     losses = [3 + 8 * np.exp(-step / 100) for step in range(2001)]
     for name, last in (("long.txt", 2000), ("short.txt", 500)):
         text = "".join(f"{step} train {losses[step]}\n" for step in range(last + 1))
         (tmp_path / name).write_text(f"{text}7 train nan\n0 val {losses[0]}\n{last} val {losses[last]}\n")
         plot_loss.plot([tmp_path / name], tmp_path / "figure.png", smooth=1)
-    long, short = (axis.get_ylim() for axis in axes)
+    long, short = (figure.axes[0].get_ylim() for figure in figures)
     assert losses[100] < long[1] < losses[90] and 2.5 < long[0] < losses[2000]
     assert short[1] > losses[0]
+
+
+# ---------------------------------------------------------------- names of runs
+
+
+NAMES = [
+    "_a",
+    "__",
+    "_nolegend_",
+    "$b",
+    "$x$",
+    r"\frac",
+    "a^{b}",
+    "%s",
+    "{d",
+    "a--b",
+    " c",
+    "metrics.jsonl",
+    "x.txt",
+]
+
+
+@posix
+def test_legend_has_every_name_as_it_is(tmp_path: Path, figures: list[Figure]) -> None:
+    """In every panel: of a run that trains, of one that was only scored, of one that was scored once."""
+    runs = [write_run(tmp_path / name, TRAIN + SCORES) for name in NAMES]
+    runs.append(write_run(tmp_path / "_scored", SCORES))
+    runs.append(write_run(tmp_path / "_baseline", [{"step": 0, "kind": "val", "loss": 4.0}, SCORES[0]]))
+    plot_loss.plot(runs, tmp_path / "a.png")
+    shown = [f"{name}: training" for name in NAMES] + ["_baseline: validation, last 4.0000"]
+    assert legend(figures[0]) == [*shown, "_scored", "_baseline", "OpenAI's GPT-2 124M", "chance"]
+    plot_loss.plot(runs[-1:], tmp_path / "a.png")
+    assert "_baseline" in legend(figures[1])
+
+
+def test_dollars_in_a_name_are_drawn(tmp_path: Path, figures: list[Figure]) -> None:
+    """As mathematics, $x$ would be an x of the same width; a lone backslash or brace would be an error."""
+    runs = [write_run(tmp_path / name) for name in ("$x$", "x", "$x{$")]
+    plot_loss.plot(runs, tmp_path / "a.png")
+    texts = figures[0].axes[0].get_legend().get_texts()
+    dollars, plain, brace = (text.get_window_extent().width for text in texts)
+    assert plain + 10 < dollars < brace
+
+
+@posix
+def test_characters_that_cannot_be_drawn_are_escaped(tmp_path: Path, figures: list[Figure]) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a\nb", "a\x1bb", os.fsdecode(b"a\xffb"), r"a\nb")]
+    plot_loss.plot(runs, tmp_path / "a.png")
+    names = [r"a\nb (run 1)", r"a\x1bb", r"a\udcffb", r"a\nb (run 4)"]
+    assert legend(figures[0]) == [f"{name}: training" for name in names]
+
+
+def test_labels_tell_runs_apart(
+    tmp_path: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("p/x", "q/x", "y", "metrics.jsonl"):
+        write_run(tmp_path / name)
+    monkeypatch.chdir(tmp_path / "p/x")
+    for runs, expected in (
+        ([".", "../../y/"], ["x", "y"]),
+        (["metrics.jsonl", "../../y/metrics.jsonl"], ["x", "y"]),
+        (["../../metrics.jsonl", "../../y/../y"], ["metrics.jsonl", "y"]),
+        (["../x", "../../q/x"], [os.path.join("..", "x"), os.path.join("..", "..", "q", "x")]),
+        ([".", "../../q/x"], [str(tmp_path / "p" / "x"), os.path.join("..", "..", "q", "x")]),
+        (["../../y", "../../y"], [os.path.join("..", "..", "y") + f" (run {number})" for number in (1, 2)]),
+    ):
+        plot_loss.plot([Path(run) for run in runs], tmp_path / "a.png")
+        assert legend(figures[-1]) == [f"{name}: training" for name in expected]
+
+
+def write_font(path: Path, character: str, name: str, empty: bool = False) -> str:
+    """Write a font with one character: a square, or nothing, as in a font of coloured emoji."""
+    pen = TTGlyphPen(None)
+    if not empty:
+        pen.moveTo((0, 0))
+        for corner in ((0, 900), (900, 900), (900, 0)):
+            pen.lineTo(corner)
+        pen.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "square"])
+    font.setupCharacterMap({ord(character): "square"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (500, 0), "square": (1000, 0)})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": name, "styleName": "Regular", "psName": name})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+    return str(path)
+
+
+def test_names_without_a_font_are_numbered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    empty = write_font(tmp_path / "empty.ttf", "实", "Empty", empty=True)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [empty, str(tmp_path / "missing.ttf")])
+    runs = [write_run(tmp_path / name, TRAIN[:1]) for name in ("实", "验", "a")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = plot_loss.plot(runs, tmp_path / "a.svg").read_text(encoding="utf-8")
+    for label in ("实 (run 1): training", "验 (run 2): training", "a: training"):
+        assert f"<!-- {label} -->" in svg
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "实验" in shown and "install Noto Sans CJK" in shown
+    plot_loss.plot(runs[:1], tmp_path / "a.svg")  # the figure of one run does not have its name
+    assert capsys.readouterr().err == ""
+
+
+def test_names_are_drawn_in_any_font_that_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fonts = [
+        write_font(tmp_path / f"{name}.ttf", c, name) for name, c in (("ProbeA", "实"), ("ProbeB", "验"))
+    ]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: fonts)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    runs = [write_run(tmp_path / name, TRAIN[:1]) for name in ("实验", "a")]
+    svg = plot_loss.plot(runs, tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert "<!-- 实验: training -->" in svg and "#ProbeA" in svg and "#ProbeB" in svg
+    assert capsys.readouterr().err == ""
+
+
+def test_the_legend_of_many_runs_leaves_room_for_curves(tmp_path: Path, figures: list[Figure]) -> None:
+    runs = [write_run(tmp_path / f"{'long' * 40 * (number == 7)}{number}") for number in range(40)]
+    plot_loss.plot(runs, tmp_path / "a.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures[0].draw_without_rendering()
+    axis = figures[0].axes[0]
+    box = axis.get_legend().get_window_extent()
+    assert axis.bbox.width > 1000 and axis.bbox.height > 400
+    assert axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1
+    assert len(axis.get_legend().get_texts()) == 40
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        (None, "run/loss_curves.png"),
+        ("figure", "figure.png"),
+        ("figure.", "figure..png"),
+        ("folder", "folder/loss_curves.png"),
+        ("folder/", "folder/loss_curves.png"),
+        ("new/", "new/loss_curves.png"),
+        ("new.v2/", "new.v2/loss_curves.png"),
+        ("new/deep/a.pdf", "new/deep/a.pdf"),
+        ("A.PNG", "A.PNG"),
+        ("a.jpg", "a.jpg"),
+    ],
+)
+def test_the_printed_path_is_the_figure(
+    out: str | None, expected: str, tmp_path: Path, figures: list[Figure],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    write_run(tmp_path / "run")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run_main(monkeypatch, "run", *([] if out is None else ["--out", out]))
+    assert capsys.readouterr().out == str(Path(expected)) + "\n"
+    assert Path(expected).read_bytes() == b"figure"
+    assert not list(tmp_path.rglob(".tmp*"))
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("PNG", b"\x89PNG"), ("JPG", b"\xff\xd8"), ("Pdf", b"%PDF")])
+def test_the_suffix_chooses_the_format(suffix: str, start: bytes, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [{"step": 0, "kind": "val", "loss": 4.0}])
+    assert plot_loss.plot([run], tmp_path / f"a.{suffix}").read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "--out", "a.xyz"], "--out a.xyz: no figure can be saved as .xyz: use .png, .pdf, .svg"),
+        (["run", "--out", "run/metrics.jsonl/a.png"], "metrics.jsonl/a.png: cannot be written"),
+        (["run", "--out", "run/metrics.jsonl/b/a.png"], "b/a.png: cannot be written"),
+        (["run", "--out", "x" * 300], "x.png: cannot be written"),
+        (["run", "--smooth", "-1"], "--smooth -1: is negative"),
+        (["run", "started"], "started/metrics.jsonl: contains no losses to draw yet"),
+        (["x" * 300], "no run there"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_leave_nothing(
+    args: list[str], message: str, tmp_path: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run")
+    write_run(tmp_path / "started", START)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as error:
+        run_main(monkeypatch, *args)
+    assert message in str(error.value).replace("\\", "/") and "\n" not in str(error.value)
+    assert "File exists" not in str(error.value)  # said of a folder in the figure's path
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_a_figure_that_cannot_be_saved_leaves_the_earlier_one(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(figure: Figure, out: Path) -> None:
+        Path(out).write_bytes(b"half")
+        raise OSError(number, os.strerror(number), str(out))
+
+    run = write_run(tmp_path / "run")
+    (run / "loss_curves.png").write_bytes(b"earlier")
+    monkeypatch.setattr(Figure, "savefig", save)
+    with pytest.raises(UserError, match=r"--out .*loss_curves.png: cannot be written \([A-Z]"):
+        run_main(monkeypatch, run)
+    assert (run / "loss_curves.png").read_bytes() == b"earlier"
+    assert {path.name for path in run.iterdir()} == {"loss_curves.png", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("smooth", [2, 3, 1000, 10**30])
+def test_any_width_smooths(smooth: int, tmp_path: Path, figures: list[Figure]) -> None:
+    plot_loss.plot([write_run(tmp_path / "run")], tmp_path / "a.png", smooth=smooth)
+    smoothed = figures[0].axes[0].get_lines()[1].get_ydata()  # of the losses 5, 4, 3
+    assert smoothed.tolist() == {2: [4.5, 3.5, 3.0], 3: [4.5, 4.0, 3.5]}.get(smooth, [4.0, 4.0, 4.0])
+    assert legend(figures[0]) == [f"training, mean of {smooth} steps"]
+
+
+@pytest.mark.parametrize(
+    "records", [TRAIN + SCORES, TRAIN[:1], SCORES, SCORES[:1], [{**TRAIN[0], "loss": None}]]
+)
+def test_runs_of_any_kind_are_drawn_without_a_warning(
+    records: list[dict[str, object]], tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", records)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot_loss.plot([run], tmp_path / "a.png", log_x=True).stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: text.encode("utf-8-sig"),
+        lambda text: text.encode("utf-16"),
+        lambda text: b"\xfe\xff" + text.encode("utf-16-be"),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: text.replace("\n", "\r").encode(),
+    ],
+    ids=["utf-8-sig", "utf-16-le", "utf-16-be", "windows", "old mac"],
+)
+def test_plain_logs_of_any_editor_are_read(encode: Callable[[str], bytes], tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_bytes(encode("0 train 5.0\n\n \n1 train 4.5\n"))
+    assert [column.tolist() for column in plot_loss.read_run(log)["train"]] == [[0, 1], [5.0, 4.5]]
+    log.write_bytes(encode("0 train 5.0\x0c\nx\n"))  # a form feed, which splitlines would count
+    with pytest.raises(UserError, match="line 2 is not"):
+        plot_loss.read_run(log)
+
+
+def test_capitals_in_the_name_of_a_record_do_not_matter(tmp_path: Path, figures: list[Figure]) -> None:
+    record = write_run(tmp_path / "run") / "metrics.jsonl"
+    record = record.rename(record.with_name("METRICS.JSONL"))
+    plot_loss.plot([record, write_run(tmp_path / "other.jsonl")], tmp_path / "a.png")
+    assert legend(figures[0]) == ["run: training", "other.jsonl: training"]
+
+
+# ---------------------------------------------------------------- environment
+
+
+@posix
+@pytest.mark.parametrize(
+    ("backend", "folder", "kept"), [("nonsense", "MPLCONFIGDIR", ""), ("svg", "XDG_CONFIG_HOME", "svg")]
+)
+def test_the_environment_does_not_matter(backend: str, folder: str, kept: str, tmp_path: Path) -> None:
+    """A backend that is not there, a folder that is a file. A backend that is there stays the notebook's."""
+    write_run(tmp_path / "run")
+    script = (
+        "import os, sys, pathlib, plot_loss\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "before = dict(os.environ)\n"
+        "plot_loss.plot_run(pathlib.Path('run'))\n"
+        "assert dict(os.environ) == before\n"
+        "import matplotlib\n"
+        "print(matplotlib.get_backend() if before['MPLBACKEND'] == 'svg' else '')\n"
+    )
+    config = tmp_path / "file"
+    config.touch()
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment(), "PYTHONPATH": str(ROOT), "MPLBACKEND": backend, folder: str(config)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=100,
+    )
+    assert (done.returncode, done.stderr, done.stdout.strip()) == (0, "", kept)
+    assert (tmp_path / "run" / "loss_curves.png").stat().st_size > 1000

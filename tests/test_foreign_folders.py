@@ -1,0 +1,211 @@
+"""Folders that hold something else than a run, and folders as other systems make them."""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import history, posix, write_shard
+
+from model import GPT, GPTConfig
+from pre_tokens import build_shards, shards
+from pre_tokens.build_shards import Block
+from support import checkpoint, files, run_folder
+from support.cli import UserError
+
+Train = Callable[..., Path]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def put_model(folder: Path) -> None:
+    GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder)
+
+
+def put(name: str, text: str = "{}") -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a model": (put_model, "holds a model (model.safetensors), not a run"),
+    "a model's settings": (put("config.json", '{"model_type": "gpt2"}'), "another program's config.json"),
+    "settings with comments": (put("config.json", "{} // settings"), "another program's config.json"),
+    "another's metrics": (put("metrics.jsonl", '{"epoch": 1}\n'), "another program's metrics.jsonl"),
+    "a data set": (lambda folder: write_shard(folder / "x_train_000001.npy", 9), "holds x_train_000001.npy"),
+    "checkpoints": (
+        lambda folder: (folder / "step_000002").mkdir(),
+        "the checkpoints of a run (step_000002)",
+    ),
+    "notes": (put("notes.txt"), "holds notes.txt, not a run"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize("flag", ["", "resume", "overwrite"])
+def test_training_never_writes_into_what_is_not_a_run(
+    case: str, flag: str, train: Train, tmp_path: Path
+) -> None:
+    """Whatever the flags; and the message offers no flag that would."""
+    fill, message = FOREIGN[case]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    fill(folder)
+    before = contents(folder)
+    with pytest.raises(UserError) as error:
+        train(**{flag: True} if flag else {})
+    assert message in str(error.value)
+    assert str(error.value).endswith(", not a run: name another folder")
+    assert contents(folder) == before
+
+
+def test_a_checkpoint_is_not_trained_into(train: Train) -> None:
+    run = train(max_steps=2)
+    for inside in ("run/checkpoints/step_000002", "run/checkpoints"):
+        before = contents(run)
+        for flag in ("resume", "overwrite"):
+            with pytest.raises(UserError, match="not a run: name another folder"):
+                train(inside, **{flag: True})
+        assert contents(run) == before
+
+
+def test_a_new_run_starts_beside_what_harms_nobody(train: Train, tmp_path: Path) -> None:
+    """Other runs, hidden files, and the log file that the output goes to."""
+    folder = tmp_path / "run"
+    (folder / "earlier").mkdir(parents=True)
+    for name in (".DS_Store", "nohup.out", "train.log"):
+        (folder / name).write_text("x")
+    assert (train(max_steps=1) / "metrics.jsonl").exists()
+    assert {"earlier", ".DS_Store", "nohup.out", "train.log"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_file_that_output_goes_to_may_have_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "output").write_text("x")
+    assert run_folder._not_of_a_run(tmp_path) == "output"
+    status = (tmp_path / "output").stat()
+    monkeypatch.setattr(os, "fstat", lambda number: status)
+    assert run_folder._not_of_a_run(tmp_path) == ""
+
+
+def test_a_run_with_a_damaged_config_is_still_a_run(train: Train) -> None:
+    run = train(max_steps=2)
+    (run / "config.json").write_bytes(b"")
+    train(max_steps=3, resume=True)
+    assert [r["step"] for r in history(run, kinds=("train",))] == [1, 2, 3]
+
+
+def test_a_file_in_place_of_the_run_folder(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(UserError, match=r"--out-dir .*run: not a folder: name another"):
+        train(overwrite=True)
+    assert (tmp_path / "run").read_text() == "x"
+
+
+def test_overwrite_leaves_what_is_not_the_runs(train: Train) -> None:
+    run = train(max_steps=2)
+    (run / "notes.txt").write_text("mine")
+    (run / "checkpoints" / "checkpoint-500").mkdir()
+    train(max_steps=1, overwrite=True)
+    assert (run / "notes.txt").read_text() == "mine"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-500", "step_000001"}
+
+
+class OneBlock:
+    size = 3000
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": "files"}
+
+    def blocks(self, file: int, block: int) -> list[Block]:
+        return iter([Block(0, 0, ["words and more words " * 100], 3000)])
+
+
+def test_shards_do_not_replace_another_programs_manifest(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(UserError, match=r"manifest\.json: another program's: name another folder"):
+        build_shards.build(OneBlock(), tmp_path, "x", shard_size=100)
+    assert contents(tmp_path) == {"manifest.json": b'{"name": "a web page"}'}
+
+
+# ---------------------------------------------------------------- other systems
+
+
+@posix
+def test_a_link_to_a_larger_disk_keeps_its_place(train: Train, tmp_path: Path) -> None:
+    """checkpoints/ is a link: --overwrite empties what it leads to, and new checkpoints go there."""
+    run = train(max_steps=4, keep_checkpoints=5)
+    shutil.move(run / "checkpoints", tmp_path / "large")
+    (run / "checkpoints").symlink_to(tmp_path / "large")
+    train(max_steps=2, overwrite=True)
+    assert (run / "checkpoints").is_symlink()
+    assert [path.name for path in (tmp_path / "large").iterdir()] == ["step_000002"]
+
+
+@posix
+def test_of_a_linked_checkpoint_only_the_link_is_removed(train: Train, tmp_path: Path) -> None:
+    run = train(max_steps=4, keep_checkpoints=5)
+    shutil.move(run / "checkpoints" / "step_000002", tmp_path / "kept")
+    (run / "checkpoints" / "step_000002").symlink_to(tmp_path / "kept")
+    train(max_steps=8, keep_checkpoints=1, resume=True)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000008"]
+    checkpoint.verify(tmp_path / "kept")
+
+
+def refuse(kind: int, only: Callable[..., bool], work: Callable) -> Callable:
+    """A call that the file system answers with an error."""
+
+    def call(*args: object) -> object:
+        if only(*args):
+            raise OSError(kind, os.strerror(kind))
+        return work(*args)
+
+    return call
+
+
+@posix
+@pytest.mark.parametrize("kind", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_training_on_a_disk_that_cannot_flush_or_lock(
+    kind: int, train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuse(kind, lambda handle: True, os.fsync))
+    monkeypatch.setattr(fcntl, "flock", refuse(kind, lambda handle, how: True, fcntl.flock))
+    run = train(max_steps=2)
+    checkpoint.verify(run / "checkpoints" / "step_000002")
+    if kind != errno.ENOSYS:  # for which the library has another kind of lock
+        assert "cannot lock files" in capsys.readouterr().err
+
+
+@posix
+def test_a_disk_that_fails_to_flush_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO, lambda handle: True, os.fsync))
+    with pytest.raises(OSError):
+        files.write_atomically(tmp_path / "file", "x")
+
+
+def test_where_names_cannot_be_changed_contents_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of folders in a lower layer of a container."""
+    monkeypatch.setattr(os, "replace", refuse(errno.EXDEV, lambda *args: True, os.replace))
+    files.write_atomically(tmp_path / "file", "old")
+    files.write_atomically(tmp_path / "file", "new")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_text("x")
+    files.replace(tmp_path / "a", tmp_path / "d")
+    assert contents(tmp_path) == {"file": b"new", os.path.join("d", "b", "c"): b"x"}
+
+
+def test_hidden_files_are_no_shards(data_dir: Path, train: Train) -> None:
+    """A Mac leaves a ._ file beside each on disks that are not its own."""
+    before = history(train("before", max_steps=1))
+    for path in list(data_dir.iterdir()):
+        (data_dir / f"._{path.name}").write_bytes(b"\0\5\26\7Mac OS X")
+    assert not any(name.startswith(".") for name in shards.names_in(data_dir))
+    assert history(train(max_steps=1)) == before
