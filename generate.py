@@ -26,6 +26,7 @@ import torch
 from model import GPT
 from support import cli, run_folder, runtime, tokenizer
 from support.cli import Dtype, UserError, flag
+from support.files import text_mode
 from support.linear import cast_once
 
 
@@ -72,7 +73,7 @@ def check_settings(s: Settings) -> None:
 
 def encode_prompt(text: str, block_size: int) -> list[int]:
     """The ids of a prompt, at most its last block_size; an empty prompt is the start of a document."""
-    ids = tokenizer.get_encoding().encode_ordinary(text) or [tokenizer.END_OF_TEXT_ID]
+    ids = tokenizer.encode(text).tolist() or [tokenizer.END_OF_TEXT_ID]
     if len(ids) > block_size:
         print(
             f"warning: the prompt has {len(ids)} tokens, the model reads the last {block_size}",
@@ -164,7 +165,7 @@ def read_prompt(s: Settings) -> str:
     if s.prompt != "-":
         return s.prompt or ""
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return text_mode(sys.stdin.buffer.read()).removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt -: standard input is not UTF-8 ({error})") from error
 

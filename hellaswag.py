@@ -107,7 +107,9 @@ def load(data: Path | None = None, style: Style = "completion", limit: int = 0) 
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as HellaSwag examples ({error}): check --data") from error
     examples = []
-    for number, line in enumerate(lines[: limit or None], start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (limit and len(examples) == limit):
+            continue
         try:
             examples.append(encode(json.loads(line), style))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -297,7 +297,7 @@ def settings_from_config(path: Path) -> Settings:
     if not path.is_file():
         raise UserError(f"--preset {path}: neither a file nor one of {', '.join(PRESETS)}")
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        recorded = json.loads(path.read_text(encoding="utf-8-sig"))["settings"]
         # Runs recorded before there was --track have a setting for each of two trackers.
         earlier = [name for name in ("tensorboard", "wandb") if recorded.pop(name, False)]
         values = {"track": ",".join(earlier)}

@@ -149,7 +149,7 @@ def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
     """The README.md: recipe, data, losses, HellaSwag, hardware, time, usage, figure, samples."""
     run, repo_id = s.run, s.repo_id
     config = (
-        json.loads((run / run_folder.CONFIG).read_text(encoding="utf-8"))
+        json.loads((run / run_folder.CONFIG).read_text(encoding="utf-8-sig"))
         if "training_config.json" in files
         else {}
     )

@@ -228,10 +228,8 @@ def encoded(blocks: Iterator[Block], workers: int) -> Iterator[tuple[Block, np.n
 def encode(texts: list[str | None], continues: bool = False) -> tuple[np.ndarray, int]:
     """Documents -> (tokens, each document preceded by 50256, uint16 (n,); how many contained no text).
 
-    Text that looks like a special token is encoded as plain characters, and a lone surrogate as U+FFFD, as
-    `encode_ordinary` does. continues: the first text is the rest of a document, without a 50256.
+    continues: the first text is the rest of a document, without a 50256.
     """
-    enc = tokenizer.get_encoding()
     parts, empty = [], 0
     for index, text in enumerate(texts):
         if not text:
@@ -239,10 +237,6 @@ def encode(texts: list[str | None], continues: bool = False) -> tuple[np.ndarray
             continue
         if not (continues and index == 0):
             parts.append(_END_OF_TEXT)
-        try:
-            parts.append(enc.encode_to_numpy(text, disallowed_special=()))
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            parts.append(enc.encode_to_numpy(text, disallowed_special=()))
+        parts.append(tokenizer.encode(text))
     ids = np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
     return ids, empty

@@ -16,8 +16,9 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the modules beside this folder
 
 from pre_tokens import build_shards, builtin_corpus, shards, sources
-from support import cli
+from support import cli, tokenizer
 from support.cli import UserError
+from support.files import text_mode
 
 FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9")
 
@@ -29,11 +30,11 @@ class Settings:
     files: list[str] = field(default_factory=list)
     """Files and globs on this machine: .txt, .jsonl, .jsonl.gz, .parquet."""
     document_separator: str = ""
-    """Separator of documents in a .txt file (\\n and \\t are escapes). Empty: each file is one document."""
+    """Separator of documents in a .txt file (\\n and \\t are escapes). Empty: <|endoftext|>, where a file has it; else each file is one document."""  # noqa: E501
     repo_id: str = ""
     """A data set on the Hub with parquet files, USER/NAME."""
     subset: str = ""
-    """The part of --repo-id to use: a configuration from its page, or a folder. Empty: all."""
+    """The part of --repo-id to use: a configuration from its page, or a folder. Empty: the default one, or all. Splits for validation and test are left out."""  # noqa: E501
     revision: str = "main"
     """Branch, tag or commit of --repo-id. FineWeb-Edu is pinned to one commit unless another is given."""
     text_column: str = "text"
@@ -60,6 +61,8 @@ def main() -> None:
         f"{manifest['tokens']:,} tokens of {manifest['documents']:,} documents in {len(manifest['shards'])} "
         f"shards: {settings.out_dir} ({manifest['skipped']:,} documents without text skipped)"
     )
+    if isinstance(source, sources.Files) and source.contains_end_of_text:
+        print(f"note: some documents contain {tokenizer.END_OF_TEXT}: it became plain characters")
 
 
 def choose_source(s: Settings) -> tuple[build_shards.Source, str]:
@@ -72,7 +75,10 @@ def choose_source(s: Settings) -> tuple[build_shards.Source, str]:
     if not shards.SHARD_NAME.fullmatch(f"{own_name}_val_000000.npy"):
         raise UserError(f"--name {own_name}: not usable in a file name: use letters, digits, - and _")
     if s.files:
-        separator = s.document_separator.replace("\\n", "\n").replace("\\t", "\t")
+        separator = s.document_separator
+        for escape, character in (("\\r", "\r"), ("\\n", "\n"), ("\\t", "\t")):
+            separator = separator.replace(escape, character)
+        separator = text_mode(separator.encode())  # as the files are read
         return sources.local(s.files, s.text_column, separator), own_name
     if s.repo_id:
         return sources.on_hub(s.repo_id, s.subset, s.revision, s.text_column), own_name

@@ -72,6 +72,8 @@ def open_shard(path: Path) -> Shard:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check --data-dir") from error
     except Exception as error:  # numpy's parser fails in many ways on a damaged header
+        if files.is_lfs_pointer(path):
+            raise UserError(f"{path}: a Git LFS pointer, not the shard: `git lfs pull` beside it") from error
         raise UserError(f"{path}: not an npy file, or a damaged one: fetch or build it again") from error
     if dtype != np.dtype("<u2"):
         raise UserError(
@@ -183,7 +185,7 @@ def read_manifest(path: Path, where: str = "") -> dict | None:
     where = where or str(path)
     files.check_regular(path)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:

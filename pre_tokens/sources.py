@@ -1,7 +1,8 @@
 """Where documents come from: local files and data sets on the Hub, read one block at a time.
 
-Files are .txt, .jsonl, .jsonl.gz or .parquet. A block is a few hundred documents, or a megabyte of a .txt
-file that is one document: the memory needed does not depend on the size of the files.
+Files are .txt, .jsonl, .jsonl.gz or .parquet. A block is a few hundred documents, or a megabyte of a long one
+in a .txt file: the memory needed does not depend on the size of the files. Text is read as in text mode: line
+ends of any system become newlines, and a byte order mark is dropped.
 """
 
 import codecs
@@ -10,6 +11,7 @@ import fnmatch
 import functools
 import glob
 import gzip
+import io
 import itertools
 import json
 import re
@@ -23,15 +25,16 @@ import pyarrow
 import pyarrow.parquet
 
 from pre_tokens.build_shards import Block
-from support import hub
+from support import hub, tokenizer
 from support.cli import UserError
+from support.files import is_lfs_pointer
+from support.tokenizer import END_OF_TEXT
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 DOCUMENTS_PER_BLOCK = 256
 CHARACTERS_PER_BLOCK = 2**20
-# The encoding always splits between a character that is not white space and a space or newline, so text cut
-# there has the same tokens in parts as in one piece.
-SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+BYTES_READ_AT_ONCE = 2**20
+OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 
 Text = TypeVar("Text", str, bytes)
 Texts = tuple[
@@ -56,6 +59,7 @@ class Files:
         self.description = description
         self.text_column = text_column
         self.separator = separator
+        self.contains_end_of_text = False  # spelt out in a document read so far
         self.size = sum(file.size for file in files)
 
     def describe(self) -> dict[str, object]:
@@ -75,17 +79,18 @@ class Files:
             current = self.files[index]
             with _user_errors(current.name), current.open() as stream:
                 for number, (texts, n_bytes, continues) in enumerate(self._read(current, stream, skip), skip):
+                    if any(END_OF_TEXT in text for text in texts if text):
+                        self.contains_end_of_text = True
                     yield Block(index, number, texts, before + n_bytes, continues)
             before += current.size
 
     def _read(self, file: File, stream: BinaryIO, skip: int) -> Iterator[Texts]:
-        if file.name.endswith(".parquet"):
+        name = file.name.lower()
+        if name.endswith(".parquet"):
             return _read_parquet(file, stream, skip, self.text_column)
-        if file.name.endswith((".jsonl", ".jsonl.gz")):
+        if name.endswith((".jsonl", ".jsonl.gz")):
             return _read_jsonl(file, stream, skip, self.text_column)
-        if self.separator:
-            return _read_separated(stream, skip, self.separator)
-        return _read_text(stream, skip)
+        return _read_text(stream, skip, self.separator)
 
 
 @contextlib.contextmanager
@@ -103,49 +108,64 @@ def _user_errors(name: str) -> Iterator[None]:
 # ---------------------------------------------------------------- formats
 
 
-def _read_text(stream: BinaryIO, skip: int) -> Iterator[Texts]:
-    """One document, in pieces of about a million characters."""
-    pieces = _pieces(stream)
-    for number, (piece, n_bytes) in enumerate(pieces):
+def _read_text(stream: BinaryIO, skip: int, separator: str) -> Iterator[Texts]:
+    """Documents between separators, long ones in parts of about a million characters."""
+    for number, block in enumerate(_grouped_parts(_parts(stream, separator))):
         if number >= skip:
-            yield [piece], n_bytes, number > 0
+            yield block
 
 
-def _pieces(stream: BinaryIO) -> Iterator[tuple[str, int]]:
-    rest = ""
+def _parts(stream: BinaryIO, separator: str) -> Iterator[tuple[str, int, bool]]:
+    """Parts of documents, the bytes of the file read by then, and whether each begins one.
+
+    Without a separator <|endoftext|> is one, where a file has it, together with the line ends around it.
+    """
+    around, separator = ("", separator) if separator else ("\n", END_OF_TEXT)
+    rest, begins, before = "", True, ""  # before: what to remove in front of the document under way
     for text in _decoded(stream):
-        rest += text
-        if len(rest) >= CHARACTERS_PER_BLOCK and (cut := SAFE_CUT.match(rest)):
-            yield cut[0], stream.tell()
-            rest = rest[cut.end() :]
-    yield rest, stream.tell()
+        *complete, rest = (rest + text).split(separator)
+        for document in complete:
+            part = (document.lstrip(before) if begins else document).rstrip(around)
+            if begins or part:
+                yield part, stream.tell(), begins
+            begins, before = True, around
+        # The end of the rest may be the beginning of a separator, and must not be cut from what follows.
+        while (end := len(rest) - len(around + separator) + 1) >= CHARACTERS_PER_BLOCK:
+            end = tokenizer.cut(rest, end)
+            part, rest = rest[:end].lstrip(before) if begins else rest[:end], rest[end:]
+            if part:
+                yield part, stream.tell(), begins
+                begins = False
+    yield rest.lstrip(before) if begins else rest, stream.tell(), begins
 
 
-def _read_separated(stream: BinaryIO, skip: int, separator: str) -> Iterator[Texts]:
-    """Documents separated by `separator`."""
-
-    def documents() -> Iterator[str]:
-        rest = ""
-        for text in _decoded(stream):
-            *complete, rest = (rest + text).split(separator)
-            yield from complete
-        yield rest
-
-    for number, texts in enumerate(_grouped(documents())):
-        if number >= skip:
-            yield texts, stream.tell(), False
+def _grouped_parts(parts: Iterable[tuple[str, int, bool]]) -> Iterator[Texts]:
+    """Groups of parts: only the first of a group may continue a document."""
+    group, size, read, continues = [], 0, 0, False
+    for text, n_bytes, begins in parts:
+        if group and (not begins or len(group) == DOCUMENTS_PER_BLOCK or size >= CHARACTERS_PER_BLOCK):
+            yield group, read, continues
+            group, size = [], 0
+        if not group:
+            continues = not begins
+        group.append(text)
+        size += len(text)
+        read = n_bytes
+    if group:
+        yield group, read, continues
 
 
 def _decoded(stream: BinaryIO) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    while data := stream.read(CHARACTERS_PER_BLOCK):
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    while data := stream.read(BYTES_READ_AT_ONCE):
         yield decoder.decode(data)
     yield decoder.decode(b"", final=True)
 
 
 def _read_jsonl(file: File, stream: BinaryIO, skip: int, column: str) -> Iterator[Texts]:
     """One JSON object per line, its text under the key `column`."""
-    lines = gzip.GzipFile(fileobj=stream) if file.name.endswith(".gz") else stream
+    binary = gzip.GzipFile(fileobj=stream) if file.name.lower().endswith(".gz") else stream
+    lines = io.TextIOWrapper(binary, encoding="utf-8-sig")
     number = 0
     for index, group in enumerate(_grouped(lines)):
         if index >= skip:
@@ -157,7 +177,7 @@ def _read_jsonl(file: File, stream: BinaryIO, skip: int, column: str) -> Iterato
 _BLANK = object()  # an empty line is not a document
 
 
-def _json_text(line: bytes, name: str, number: int, column: str) -> str | None:
+def _json_text(line: str, name: str, number: int, column: str) -> str | None:
     if not line.strip():
         return _BLANK
     try:
@@ -178,7 +198,7 @@ def _read_parquet(file: File, stream: BinaryIO, skip: int, column: str) -> Itera
         names = ", ".join(table.schema_arrow.names)
         raise UserError(f"{file.name}: has no column {column!r}, only {names}: check --text-column")
     kind = table.schema_arrow.field(column).type
-    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+    if not _holds_text(kind):
         raise UserError(f"{file.name}: column {column!r} is {kind}, not text: check --text-column")
     groups = table.num_row_groups
     for group in range(groups):
@@ -189,8 +209,20 @@ def _read_parquet(file: File, stream: BinaryIO, skip: int, column: str) -> Itera
         batches = table.iter_batches(DOCUMENTS_PER_BLOCK, row_groups=[group], columns=[column])
         for number, batch in enumerate(itertools.islice(batches, skip, None), skip + 1):
             done = (group + number / n_blocks) / groups
-            yield batch.column(0).to_pylist(), int(done * file.size), False
+            texts = batch.column(0).to_pylist()
+            texts = [text.decode() if isinstance(text, bytes) else text for text in texts]
+            yield texts, int(done * file.size), False
         skip = 0
+
+
+def _holds_text(kind: pyarrow.DataType) -> bool:
+    """True if a column of this type holds text, UTF-8 in bytes, or nothing at all."""
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _holds_text(kind.storage_type)
+    if pyarrow.types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+    return kind in (*texts, pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view(), pyarrow.null())
 
 
 def _grouped(items: Iterable[Text]) -> Iterator[list[Text]]:
@@ -224,8 +256,10 @@ def local(patterns: list[str], text_column: str, separator: str = "") -> Files:
             raise UserError(f"--files {pattern}: no such file")
         paths += found
     for path in paths:
-        if not path.endswith(SUFFIXES):
+        if not path.lower().endswith(SUFFIXES):
             raise UserError(f"--files {path}: not one of {', '.join(SUFFIXES)}: convert it")
+        if is_lfs_pointer(Path(path)):
+            raise UserError(f"--files {path}: a Git LFS pointer, not the file: run `git lfs pull` beside it")
     files = [File(path, Path(path).stat().st_size, functools.partial(open, path, "rb")) for path in paths]
     return Files(files, {"kind": "files"}, text_column, separator)
 
@@ -242,11 +276,12 @@ def on_hub(repo_id: str, subset: str, revision: str, text_column: str) -> Files:
         from huggingface_hub import HfApi, HfFileSystem
 
         info = hub.with_retries(lambda: HfApi().dataset_info(repo_id, revision=revision, files_metadata=True))
-    sizes = {file.rfilename: file.size for file in info.siblings if file.rfilename.endswith(".parquet")}
-    patterns = _patterns_of(info.card_data, subset)
-    names = [name for name in sorted(sizes) if any(fnmatch.fnmatch(name, p) for p in patterns)]
+    sizes = {file.rfilename: file.size for file in info.siblings if _is_parquet(file.rfilename)}
+    names = training_files(sorted(sizes), info.card_data, subset)
     if not names:
-        raise UserError(f"--repo-id {repo_id} --subset {subset}: no parquet files: check the data set's page")
+        raise UserError(
+            f"--repo-id {repo_id} --subset {subset}: no parquet files for training: check the data set's page"
+        )
     file_system = HfFileSystem()
 
     # The commit, not the name of a branch: the files must not change while they are read.
@@ -256,13 +291,44 @@ def on_hub(repo_id: str, subset: str, revision: str, text_column: str) -> Files:
     return Files(files, description, text_column)
 
 
-def _patterns_of(card: dict | None, subset: str) -> list[str]:
-    """Globs of a subset's training files: from the card's configs, else everything in that folder."""
-    for config in (card.get("configs") if card else None) or []:
-        if config.get("config_name") == subset:
-            files = config.get("data_files") or []
-            files = files if isinstance(files, list) else [files]
-            splits = [f if isinstance(f, dict) else {"split": "train", "path": f} for f in files]
-            paths = [split["path"] for split in splits if split.get("split", "train") == "train"]
-            return [p for path in paths for p in ([path] if isinstance(path, str) else path)]
-    return [f"{subset}/*" if subset else "*"]
+def _is_parquet(name: str) -> bool:
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return name.lower().endswith(".parquet") and not hidden
+
+
+def training_files(names: list[str], card: dict | None, subset: str) -> list[str]:
+    """The files of a data set that are for training: other splits are left out.
+
+    subset: a configuration from the card, or a folder; "": the default configuration, or all of them.
+    """
+    configs = (card.get("configs") if card else None) or []
+    default = [c for c in configs if c.get("config_name") == "default" or c.get("default")]
+    chosen = [c for c in configs if c.get("config_name") == subset] if subset else default[:1] or configs
+    found: set[str] = set()
+    for config in chosen or [{"data_dir": subset}]:
+        if config.get("data_files"):
+            patterns = _training_patterns(config["data_files"])
+            found |= {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+        else:
+            found |= _named_for_training(names, config.get("data_dir", ""))
+    return sorted(found)
+
+
+def _training_patterns(data_files: object) -> list[str]:
+    """Globs of the training files in a configuration's `data_files`."""
+    entries = data_files if isinstance(data_files, list) else [data_files]
+    splits = [f if isinstance(f, dict) else {"split": "train", "path": f} for f in entries]
+    paths = [split["path"] for split in splits if split.get("split", "train") == "train"]
+    return [p for path in paths for p in ([path] if isinstance(path, str) else path)]
+
+
+def _named_for_training(names: list[str], folder: str) -> set[str]:
+    """Files in a folder that are for training by the words in their paths, as `datasets.load_dataset` has it.
+
+    If no path says "train": all that do not belong to another split.
+    """
+    prefix = f"{folder.rstrip('/')}/" if folder else ""
+    inside = [name for name in names if name.startswith(prefix)]
+    words = {name: set(re.split(r"[^a-z]+", name.removeprefix(prefix).lower())) for name in inside}
+    named = {name for name in inside if words[name] & {"train", "training"}}
+    return named or {name for name in inside if not words[name] & OTHER_SPLITS}

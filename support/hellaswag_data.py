@@ -115,13 +115,13 @@ def _difference(name: str, content: bytes) -> str:
 
 
 def read(path: Path) -> list[str]:
-    """The lines of a file of examples; of a .parquet, what they would be in a .jsonl.
+    """The lines of a file of examples, blank ones too; of a .parquet, what they would be in a .jsonl.
 
     Raises OSError, UnicodeDecodeError, or UserError if it cannot be read.
     """
-    if path.suffix != ".parquet":
+    if path.suffix.lower() != ".parquet":
         # Not str.splitlines(), which also divides at separators that JSON allows within a string.
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return list(file)
     import pyarrow
     import pyarrow.parquet

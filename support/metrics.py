@@ -95,8 +95,8 @@ class Metrics:
 def read(path: Path) -> list[Record]:
     """The records of a metrics file, oldest first; an empty list if there is no file.
 
-    A last line without its newline is what a kill leaves, and is ignored. Raises UserError on any other line
-    that is not a record.
+    Ignores blank lines, and a last line without its newline, which a kill can leave. Raises UserError on any
+    other line that is not a record.
     """
     check_regular(path)
     try:
@@ -105,6 +105,8 @@ def read(path: Path) -> list[Record]:
         return []
     records = []
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             if not _is_record(record):

@@ -174,7 +174,7 @@ def open_record(
 def name_of(out_dir: Path) -> str:
     """What trackers call the run in a folder: kept in config.json, or a new name that no other run has."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((out_dir / CONFIG).read_text(encoding="utf-8"))["name"])
+        return str(json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))["name"])
     # In wandb it is also the run's id, and must do without some characters.
     return re.sub(r"[^A-Za-z0-9_-]", "-", f"{out_dir.resolve().name}-{uuid.uuid4().hex[:8]}")
 
@@ -207,7 +207,7 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 def recorded_settings(out_dir: Path) -> dict[str, object]:
     """The settings in a run's config.json; none without a readable file."""
     try:
-        return dict(json.loads((out_dir / CONFIG).read_text(encoding="utf-8"))["settings"])
+        return dict(json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -257,7 +257,7 @@ def write_summary(
 def step_of_summary(out_dir: Path) -> int | None:
     """The last step of the run that summary.json and samples.txt are of; None without a readable summary."""
     try:
-        return json.loads((out_dir / SUMMARY).read_text(encoding="utf-8"))["steps"]
+        return json.loads((out_dir / SUMMARY).read_text(encoding="utf-8-sig"))["steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -2,6 +2,7 @@
 
 enc = get_encoding()
 enc.encode_ordinary("Hello") -> [15496]
+encode(text)                 # the same as an array, for any text: megabytes without a space, lone surrogates
 """
 
 import base64
@@ -9,8 +10,11 @@ import functools
 import hashlib
 import itertools
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from support.cli import UserError
@@ -28,6 +32,13 @@ SPLIT_PATTERN = (
     r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)"
     r"|\s++$|\s+(?!\S)|\s"
 )
+
+
+# Characters that are encoded at once: the splitting rule's engine gives up on millions of spaces in a row.
+PIECE = 2**20
+# The rule always splits between a character that is not white space and a space or newline, so text cut there
+# has the same tokens in parts as in one piece.
+SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 @functools.cache
@@ -52,6 +63,38 @@ def get_encoding() -> tiktoken.Encoding:
         mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in lines},
         special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
     )
+
+
+def encode(text: str) -> np.ndarray:
+    """Encode any text: ids, uint32 (n,).
+
+    Text that looks like a special token is encoded as plain characters, and a lone surrogate as U+FFFD, as
+    `encode_ordinary` does.
+    """
+    try:
+        parts = [get_encoding().encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
+    except UnicodeEncodeError:
+        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return np.concatenate(parts) if parts else np.empty(0, np.uint32)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a text into parts of at most PIECE characters."""
+    while len(text) > PIECE:
+        end = cut(text, PIECE)
+        yield text[:end]
+        text = text[end:]
+    if text:
+        yield text
+
+
+def cut(text: str, end: int) -> int:
+    """The last place up to `end` where a text can be cut without changing its tokens.
+
+    If there is none, as in a megabyte without a space, `end` itself: a few tokens around it are then others.
+    """
+    safe = SAFE_CUT.match(text, 0, end + 1)
+    return safe.end() if safe else end
 
 
 def save_pretrained(folder: Path, model_max_length: int) -> None:

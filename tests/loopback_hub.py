@@ -155,8 +155,9 @@ class LoopbackHub:
 
     def patch(self, monkeypatch: pytest.MonkeyPatch, home: Path, token: str | None = TOKEN) -> None:
         """Send the client of this process here: it has read the environment already."""
-        from huggingface_hub import constants
+        from huggingface_hub import close_session, constants
 
+        close_session()  # which may have been made for another test's proxy
         for name, value in self.environment(home, token).items():
             monkeypatch.setenv(name, value)
         template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"

@@ -99,7 +99,8 @@ def test_a_state_moves_between_models_with_and_without_padding(tmp_path: Path) -
         its_optimizer.zero_grad()
         model(idx, idx)[1].backward()
         its_optimizer.step()
-    assert torch.equal(padded.lm_head.weight[:50257], plain.lm_head.weight)
+    # Not to the bit: a vector unit rounds the last few numbers of a tensor in another way.
+    torch.testing.assert_close(padded.lm_head.weight[:50257], plain.lm_head.weight, rtol=1e-6, atol=1e-8)
     assert (padded.lm_head.weight[50257:] == 0).all()
     back = checkpoint.optimizer_state(plain, [plain_optimizer])
     checkpoint.load_optimizer_state(padded, [optimizer], back)
