@@ -29,7 +29,7 @@ class DataSettings:
 @dataclass
 class RunSettings:
     preset: str = "gpt2-124m"
-    """gpt2-124m, gpt2-124m-tuned, gpt2-124m-muon, gpt2-medium, gpt2-large, gpt2-xl, finetune, rehearsal, demo, or the path of a run's config.json."""  # noqa: E501
+    """gpt2-124m, gpt2-124m-tuned, gpt2-124m-muon, gpt2-medium, gpt2-large, gpt2-xl, finetune, rehearsal, demo, or a run to repeat: its folder or its config.json."""  # noqa: E501
     out_dir: Path = Path("log")
     """Run folder: settings, metrics, checkpoints, samples and figures."""
     max_steps: int = 19_073
@@ -275,8 +275,7 @@ def read_settings(args: list[str] | None = None) -> Settings:
         defaults = dataclasses.replace(preset, preset=name, compile=compiled)
     else:
         defaults = settings_from_config(Path(name))
-    parsed = cli.parse(CommandLine, "Train GPT-2 from scratch.", default=in_groups(defaults), args=args)
-    s = Settings(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    s = parse(defaults, args)
     for name in SHAPE:
         if s.init_from != "scratch" and getattr(s, name) != getattr(defaults, name):
             raise UserError(f"{flag(name, getattr(s, name))}: --init-from {s.init_from} has its own: drop it")
@@ -293,22 +292,36 @@ def in_groups(s: Settings) -> CommandLine:
 
 
 def settings_from_config(path: Path) -> Settings:
-    """The settings that a run's config.json records."""
-    if not path.is_file():
-        raise UserError(f"--preset {path}: neither a file nor one of {', '.join(PRESETS)}")
+    """The settings that a run's config.json records, checked as flags are. path: that file or its folder."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"--preset {path}: neither a run, nor a file, nor one of {', '.join(PRESETS)}")
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8-sig"))["settings"]
-        # Runs recorded before there was --track have a setting for each of two trackers.
-        earlier = [name for name in ("tensorboard", "wandb") if recorded.pop(name, False)]
-        values = {"track": ",".join(earlier)}
-        for field in dataclasses.fields(Settings):
-            if field.name in recorded:
-                values[field.name] = type(field.default)(recorded.pop(field.name))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        recorded = dict(json.loads(file.read_text(encoding="utf-8-sig"))["settings"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"--preset {path}: not the config.json of a run ({error!r})") from error
-    if recorded:
-        raise UserError(f"--preset {path}: unknown settings: {', '.join(recorded)}")
-    return Settings(**{**values, "preset": str(path), "resume": False, "overwrite": False})
+    # Runs recorded before there was --track have a setting for each of two trackers.
+    earlier = [name for name in ("tensorboard", "wandb") if recorded.pop(name, False)]
+    recorded = {"track": ",".join(earlier)} | recorded
+    known = {field.name: field.default for field in dataclasses.fields(Settings)}
+    if unknown := recorded.keys() - known:
+        raise UserError(f"--preset {path}: unknown settings: {', '.join(sorted(unknown))}")
+    for name, value in recorded.items():
+        wanted = bool if isinstance(known[name], bool) else str | int | float
+        if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+            kind = "true or false" if wanted is bool else "text or a number"
+            raise UserError(f"--preset {path}: {name} is {json.dumps(value)}, not {kind}: correct it")
+    recorded |= {"preset": str(path), "resume": False, "overwrite": False}
+    try:
+        return parse(Settings(), cli.flags(recorded))
+    except UserError as error:
+        raise UserError(f"--preset {path}: {error}") from error
+
+
+def parse(defaults: Settings, args: list[str] | None) -> Settings:
+    """Settings from flags (None: those of the command line), `defaults` where there is no flag."""
+    parsed = cli.parse(CommandLine, "Train GPT-2 from scratch.", default=in_groups(defaults), args=args)
+    return Settings(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
 def check_settings(s: Settings, world_size: int) -> None:

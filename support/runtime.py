@@ -223,8 +223,27 @@ class Runtime:
 
 
 def world_size() -> int:
-    """How many processes torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun started, 1 without it.
+
+    Raises UserError if its variables do not fit together, as those that are left over from another start.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    problem = f"{missing[0]} is not set" if missing else ""
+    try:
+        rank, local_rank, size = (
+            int(os.environ.get(name, default)) for name, default in zip(names, "001", strict=True)
+        )
+        if not 0 <= rank < size or local_rank < 0:
+            problem = "they do not fit together"
+        elif size == 1 and local_rank == 0:
+            return 1
+    except ValueError:
+        problem = "not numbers"
+    if problem:
+        raise UserError(f"{given}: {problem}: start with torchrun, or `unset {' '.join(names)}`")
+    return size
 
 
 def start(device: str, dtype: Dtype) -> Runtime:
@@ -234,11 +253,12 @@ def start(device: str, dtype: Dtype) -> Runtime:
     A script that may run as several processes uses it in a `with` block, which leaves the group at its end.
     Raises UserError for a device or precision that this machine does not have, or that torch cannot use.
     """
+    size = world_size()
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _pick_device(device, local_rank, world_size())
+    chosen = _pick_device(device, local_rank, size)
     agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
-    rt = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, world_size(), agent)
+    rt = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, size, agent)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # What autocast leaves in fp32 uses TF32 units; on a CPU this setting would change results.
@@ -249,14 +269,20 @@ def start(device: str, dtype: Dtype) -> Runtime:
                 f"--device {device}: several GPUs need NCCL, which torch {torch.__version__} lacks here: "
                 "on Windows use WSL; or run without torchrun, on one GPU"
             )
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            store=_store_of_this_start(),
-            rank=rank,
-            world_size=rt.world_size,
-            timeout=STEP_TIMEOUT,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+        if not agent:
+            print(f"waiting for {size} processes: to train in this one alone, unset RANK and WORLD_SIZE")
+        try:
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                store=_store_of_this_start(),
+                rank=rank,
+                world_size=rt.world_size,
+                timeout=STEP_TIMEOUT,
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"WORLD_SIZE={size}: the other processes cannot be reached: {reason}") from error
     return rt
 
 
@@ -271,6 +297,13 @@ def _store_of_this_start() -> dist.Store | None:
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
         return None
     address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    try:
+        socket.create_connection((address, port), timeout=60).close()  # torchrun listens before it starts us
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={address} MASTER_PORT={port}: no torchrun there ({error.strerror}): start with "
+            "torchrun, or unset its variables"
+        ) from error
     store = dist.TCPStore(address, port, is_master=False, timeout=STEP_TIMEOUT)
     return dist.PrefixStore(f"restart_{env['TORCHELASTIC_RESTART_COUNT']}", store)
 

@@ -40,6 +40,12 @@ TINY = {
 }
 
 
+def torchruns_variables(world_size: int) -> dict[str, str]:
+    """What torchrun tells the first of so many processes of one machine."""
+    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    return {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 def write_shard(path: Path, n_tokens: int, seed: int = 0) -> Path:
     """A shard of `n_tokens` with structure to learn: each id is followed by one of few others."""
     rng = np.random.default_rng(seed)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, T, as_flags, posix, run_script, write_shard
+from helpers import TINY, T, as_flags, posix, run_script, torchruns_variables, write_shard
 
 import bench
 import generate
@@ -22,8 +22,9 @@ import plot_loss
 import train_gpt2
 import upload_hf
 from pre_tokens import handle_tokens
-from settings import SHAPE
+from settings import SHAPE, read_settings
 from support import cli, hellaswag_data
+from support.cli import UserError
 from support.files import sha256_of
 
 
@@ -175,8 +176,80 @@ def test_bad_benches(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_bench_times_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in torchruns_variables(2).items():
+        monkeypatch.setenv(name, value)
     assert "without torchrun" in fails(bench.main, ["--device", "cpu"], monkeypatch, capsys)
+
+
+LEFT_OVER: dict[str, tuple[dict[str, str], str]] = {
+    "a size alone": ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8: RANK is not set: start with torchrun, or `unset"),
+    "a rank alone": ({"RANK": "3"}, "RANK=3: they do not fit together"),
+    "a local rank alone": ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2: RANK is not set"),
+    "text": ({"WORLD_SIZE": "all"}, "WORLD_SIZE=all: not numbers"),
+    "nothing": ({"WORLD_SIZE": ""}, "WORLD_SIZE=: not numbers"),
+    "a rank beyond the size": ({**torchruns_variables(2), "RANK": "2"}, "they do not fit together"),
+    "no address": ({**torchruns_variables(2), "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+    "a torchrun that has ended": (
+        {
+            **torchruns_variables(2),
+            "MASTER_PORT": "9", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x",
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        },
+        "MASTER_ADDR=127.0.0.1 MASTER_PORT=9: no torchrun there (Connection refused): start with torchrun",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_OVER)
+def test_variables_of_torchrun_that_are_left_over(
+    case: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    variables, message = LEFT_OVER[case]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run"})
+    assert message in fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_needs_no_variables(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a job of one process say nothing else."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert (train(max_steps=0) / "metrics.jsonl").exists()
+
+
+RECORDED: dict[str, tuple[dict[str, object], str]] = {
+    "a choice": ({"optimizer": "sgd"}, "invalid choice 'sgd' for argument '--optimizer'"),
+    "another choice": ({"schedule": "cosin"}, "invalid choice 'cosin' for argument '--schedule'"),
+    "a switch that is text": ({"compile": "false"}, 'compile is "false", not true or false'),
+    "a switch that is a number": ({"shuffle": 1}, "shuffle is 1, not true or false"),
+    "a number that is a switch": ({"n_layer": True}, "n_layer is true, not text or a number"),
+    "a number that is text": ({"n_layer": "two"}, "--n-layer"),
+    "a whole number with a fraction": ({"max_steps": 1.5}, "--max-steps"),
+    "nothing": ({"learning_rate": None}, "learning_rate is null, not text or a number"),
+    "a list": ({"track": ["wandb"]}, 'track is ["wandb"], not text or a number'),
+    "no setting": ({"n_layers": 2}, "unknown settings: n_layers"),
+}
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_a_recorded_setting_is_checked_as_a_flag_is(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    changes, message = RECORDED[case]
+    (tmp_path / "config.json").write_text(json.dumps({"settings": changes}))
+    line = fails(train_gpt2.main, ["--preset", str(tmp_path / "config.json")], monkeypatch, capsys)
+    assert line.startswith(f"error: --preset {tmp_path / 'config.json'}: ")
+    assert message in line
+
+
+def test_a_run_folder_is_a_preset(train: Callable[..., Path], tmp_path: Path) -> None:
+    run = train(max_steps=0, learning_rate=0.25, data_dir=tmp_path / "data")
+    again = read_settings(["--preset", str(run), "--max-steps", "7"])
+    assert (again.learning_rate, again.max_steps, again.data_dir) == (0.25, 7, tmp_path / "data")
+    with pytest.raises(UserError, match="neither a run, nor a file, nor one of gpt2-124m, "):
+        read_settings(["--preset", str(tmp_path)])
 
 
 def test_a_folder_for_files_suggests_a_glob(

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, TINY, as_flags, command, environment, posix
+from helpers import ROOT, TINY, as_flags, command, environment, posix, torchruns_variables
 from packaging.requirements import Requirement
 from torch import nn
 
@@ -231,7 +231,8 @@ def test_ctrl_break_stops_a_run_as_sigterm_does(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_several_gpus_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in torchruns_variables(2).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(runtime, "_pick_device", lambda *_: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)

@@ -37,6 +37,7 @@ from recorder import COLLECTIVE, Recorder  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 fake_device.install()
+TORCHRUNS_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 import planted  # noqa: E402
 
@@ -96,7 +97,7 @@ class Training:
     def run(self) -> None:
         """Train to the end. Raises whatever the script raises."""
         with (
-            mock.patch.dict(os.environ, WORLD_SIZE=str(self.case.processes)),
+            mock.patch.dict(os.environ, TORCHRUNS_VARIABLES, WORLD_SIZE=str(self.case.processes)),
             mock.patch.object(train_gpt2, "update", self.update),
             mock.patch.object(GPT, "generate", self.generate_few()),
             mock.patch.object(runtime, "_has_triton", lambda: True),  # fake_compile.py needs none
