@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import command, environment, posix, run_script
+from helpers import ROOT, command, environment, posix, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
@@ -249,3 +250,12 @@ def test_the_prompt_loop(folder: Path) -> None:
     assert terminal.process.wait(timeout=20) == 0
     assert "Traceback" not in terminal.shown
     os.close(terminal.master)
+
+
+def test_a_model_loads_without_torchs_compiler(folder: Path) -> None:
+    """Whose import takes a second. A model that is built without memory draws no weights, which would need it."""
+    code = (
+        f"import sys, generate; generate.GPT.from_pretrained({str(folder)!r})\n"
+        "assert 'torch._dynamo' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=100)
