@@ -174,7 +174,7 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.n_embd, config.embedding_rows, bias=False)
         self.to_empty(device=torch.get_default_device())
         self.tie_weights()
-        if self.device.type != "meta":  # there nothing can be drawn, and trying imports torch.compile for a second
+        if self.device.type != "meta":  # drawing nothing there would import torch.compile, for a second
             self._init_weights()
 
     def tie_weights(self) -> None:

@@ -253,7 +253,7 @@ def test_the_prompt_loop(folder: Path) -> None:
 
 
 def test_a_model_loads_without_torchs_compiler(folder: Path) -> None:
-    """Whose import takes a second. A model that is built without memory draws no weights, which would need it."""
+    """Its import takes a second. Drawing weights for a model without memory would need it."""
     code = (
         f"import sys, generate; generate.GPT.from_pretrained({str(folder)!r})\n"
         "assert 'torch._dynamo' not in sys.modules and 'transformers' not in sys.modules"
