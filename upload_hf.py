@@ -3,7 +3,7 @@
     python upload_hf.py --run log --repo-id USER/NAME --dry-run      # what would be sent, and the model card
     python upload_hf.py --run log --repo-id USER/NAME --private
     python upload_hf.py --run log --repo-id USER/NAME --checkpoint 500 --revision step-500     # or best
-    python upload_hf.py --convert model_19072.pt --out gpt2-124m     # convert an older .pt checkpoint
+    python upload_hf.py --convert model_19072.pt --out gpt2-124m     # a checkpoint of nanoGPT
 
 The token comes from HF_TOKEN or from `hf auth login`. Only the files named below and the
 run folder's figures are sent.
@@ -59,7 +59,7 @@ class Settings:
     language: str = ""
     """Language to state on the model card, such as en. Default: the data set's, if its card states one."""
     convert: Path | None = None
-    """Instead of uploading, convert this older .pt checkpoint to the folder --out."""
+    """Instead of uploading, convert this .pt checkpoint of build-nanogpt or nanoGPT to the folder --out."""
     out: Path | None = None
     """Folder that --convert writes."""
 
