@@ -103,10 +103,11 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
         for name in {run_folder.SUMMARY, run_folder.SAMPLES} - set(unsent):
             unsent[name] = f"left out: {run / name}: not of step {step}"
     files |= {there: run / name for name, there in RUN_FILES.items() if name not in unsent}
-    files |= {path.name: path for path in sorted(run.glob("*.png"))}
+    files |= {path.name: path for path in sorted(run.glob("[!.]*.png"))}
     token = hub.token()
     for path in files.values():
-        if not path.resolve().is_relative_to(run.resolve()):
+        # A checkpoint may itself be a link, or its folder one, to a larger disk.
+        if not any(path.resolve().is_relative_to(place.resolve()) for place in (run, folder)):
             raise UserError(f"{path}: leads out of {run} to {path.resolve()}: put a copy there")
         if token and path.suffix != ".safetensors" and token.encode() in path.read_bytes():
             raise UserError(f"{path}: contains your Hub token: remove it from there")

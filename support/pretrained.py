@@ -92,7 +92,8 @@ def save(folder: Path, weights: dict[str, Tensor], config: ModelShape) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # the library makes it readable by its owner only
+    with contextlib.suppress(OSError):  # disks of other systems have no such modes
+        (folder / WEIGHTS).chmod(0o644)  # the library makes it readable by its owner only
     for name, content in (
         (CONFIG, _huggingface_config(config)),
         ("generation_config.json", {"bos_token_id": 50256, "eos_token_id": 50256}),

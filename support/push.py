@@ -322,7 +322,7 @@ def _pin(folder: Path) -> Path:
     shutil.rmtree(pinned, ignore_errors=True)
     try:
         pinned.mkdir()
-        for file in folder.iterdir():
+        for file in folder.glob("[!.]*"):
             os.link(file, pinned / file.name)
     except OSError:  # a file system without them
         shutil.rmtree(pinned, ignore_errors=True)
@@ -349,5 +349,5 @@ def _additions(record: list[bytes], new: dict[Path, Path]) -> list["CommitOperat
     for folder, source in new.items():
         checkpoint.verify(source)
         there = f"{checkpoint.FOLDER}/{folder.name}"
-        additions += [CommitOperationAdd(f"{there}/{file.name}", file) for file in sorted(source.iterdir())]
+        additions += [CommitOperationAdd(f"{there}/{file.name}", file) for file in sorted(source.glob("[!.]*"))]
     return additions

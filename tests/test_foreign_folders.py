@@ -171,11 +171,12 @@ def refuse(kind: int, only: Callable[..., bool], work: Callable) -> Callable:
 
 @posix
 @pytest.mark.parametrize("kind", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_training_on_a_disk_that_cannot_flush_or_lock(
+def test_training_on_a_disk_that_cannot_flush_lock_or_change_modes(
     kind: int, train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "fsync", refuse(kind, lambda handle: True, os.fsync))
     monkeypatch.setattr(fcntl, "flock", refuse(kind, lambda handle, how: True, fcntl.flock))
+    monkeypatch.setattr(Path, "chmod", refuse(errno.EPERM, lambda path, mode: True, Path.chmod))
     run = train(max_steps=2)
     checkpoint.verify(run / "checkpoints" / "step_000002")
     if kind != errno.ENOSYS:  # for which the library has another kind of lock

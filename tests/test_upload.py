@@ -178,6 +178,19 @@ def test_a_dry_run_sends_nothing(train: Train, hub: LoopbackHub, capsys: pytest.
 
 
 @posix
+def test_a_run_whose_checkpoints_are_on_another_disk(train: Train, tmp_path: Path) -> None:
+    """Sent as any other, without the hidden files that a Mac leaves."""
+    run = train()
+    (run / "checkpoints").rename(tmp_path / "large")
+    (run / "checkpoints").symlink_to(tmp_path / "large")
+    (run / "loss_curves.png").write_bytes(b"a figure")
+    (run / "._loss_curves.png").write_bytes(b"Mac OS X")
+    files, _ = upload_hf.collect(run, upload_hf.pick_checkpoint(run, None))
+    assert {"model.safetensors", "loss_curves.png"} <= files.keys()
+    assert not any(name.startswith(".") for name in files)
+
+
+@posix
 def test_nothing_outside_the_run_is_sent(train: Train, hub: LoopbackHub, tmp_path: Path) -> None:
     run = train()
     (tmp_path / "secret.png").write_text("secret")
