@@ -349,5 +349,6 @@ def _additions(record: list[bytes], new: dict[Path, Path]) -> list["CommitOperat
     for folder, source in new.items():
         checkpoint.verify(source)
         there = f"{checkpoint.FOLDER}/{folder.name}"
-        additions += [CommitOperationAdd(f"{there}/{file.name}", file) for file in sorted(source.glob("[!.]*"))]
+        visible = sorted(source.glob("[!.]*"))
+        additions += [CommitOperationAdd(f"{there}/{file.name}", file) for file in visible]
     return additions
