@@ -112,7 +112,7 @@ def load(data: Path | None = None, style: Style = "completion", limit: int = 0) 
             continue
         try:
             examples.append(encode(json.loads(line), style))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not a HellaSwag example ({error!r})") from error
     if not examples:
         raise UserError(f"{path}: holds no examples: check --data")
@@ -129,7 +129,7 @@ def encode(record: dict[str, object], style: Style) -> Example:
     """
     enc = tokenizer.get_encoding()
     label, endings = int(record["label"]), record["endings"]
-    if len(endings) != 4 or label not in range(4):
+    if not isinstance(endings, list) or len(endings) != 4 or label not in range(4):
         raise ValueError("needs four endings and a label from 0 to 3")
     if style == "completion":
         context = enc.encode_ordinary(record["ctx"])

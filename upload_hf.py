@@ -326,6 +326,8 @@ def convert(file: Path, out: Path) -> None:
         shape = {name: int(saved["config"][name]) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--convert {file}: its config is not a GPT-2's ({error!r})") from error
+    if min(shape.values()) < 1 or shape["n_embd"] % shape["n_head"] or shape["n_layer"] > len(tensors):
+        raise UserError(f"--convert {file}: its config does not describe its weights: {shape}")
     model = GPT(GPTConfig(vocab_size=tokenizer.VOCAB_SIZE, **shape))
     wte, head = (tensors.get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
     if wte is not None and head is not None and not torch.equal(wte, head):

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the m
 from pre_tokens import build_shards, builtin_corpus, shards, sources
 from support import cli, tokenizer
 from support.cli import UserError
-from support.files import text_mode
 
 FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9")
 
@@ -78,7 +77,7 @@ def choose_source(s: Settings) -> tuple[build_shards.Source, str]:
         separator = s.document_separator
         for escape, character in (("\\r", "\r"), ("\\n", "\n"), ("\\t", "\t")):
             separator = separator.replace(escape, character)
-        separator = text_mode(separator.encode())  # as the files are read
+        separator = separator.replace("\r\n", "\n").replace("\r", "\n")  # as the files are read
         return sources.local(s.files, s.text_column, separator), own_name
     if s.repo_id:
         return sources.on_hub(s.repo_id, s.subset, s.revision, s.text_column), own_name

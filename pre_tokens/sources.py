@@ -197,6 +197,8 @@ def _read_parquet(file: File, stream: BinaryIO, skip: int, column: str) -> Itera
     if column not in table.schema_arrow.names:
         names = ", ".join(table.schema_arrow.names)
         raise UserError(f"{file.name}: has no column {column!r}, only {names}: check --text-column")
+    if table.schema_arrow.names.count(column) > 1:
+        raise UserError(f"{file.name}: has several columns {column!r}: rename one")
     kind = table.schema_arrow.field(column).type
     if not _holds_text(kind):
         raise UserError(f"{file.name}: column {column!r} is {kind}, not text: check --text-column")
@@ -277,10 +279,15 @@ def on_hub(repo_id: str, subset: str, revision: str, text_column: str) -> Files:
 
         info = hub.with_retries(lambda: HfApi().dataset_info(repo_id, revision=revision, files_metadata=True))
     sizes = {file.rfilename: file.size for file in info.siblings if _is_parquet(file.rfilename)}
-    names = training_files(sorted(sizes), info.card_data, subset)
+    part = f"--repo-id {repo_id}" + (f" --subset {subset}" if subset else "")
+    try:
+        names = training_files(sorted(sizes), info.card_data, subset)
+    except (AttributeError, KeyError, TypeError) as error:
+        text = "the configurations on its card are not as the Hub describes them"
+        raise UserError(f"{part}: {text} ({error!r}): name a folder of it with --subset") from error
     if not names:
         raise UserError(
-            f"--repo-id {repo_id} --subset {subset}: no parquet files for training: check the data set's page"
+            f"{part}: no parquet files for training: name a configuration or folder of its page with --subset"
         )
     file_system = HfFileSystem()
 
@@ -316,10 +323,14 @@ def training_files(names: list[str], card: dict | None, subset: str) -> list[str
 
 def _training_patterns(data_files: object) -> list[str]:
     """Globs of the training files in a configuration's `data_files`."""
+    if isinstance(data_files, dict) and "path" not in data_files:  # split -> globs
+        data_files = [{"split": split, "path": path} for split, path in data_files.items()]
     entries = data_files if isinstance(data_files, list) else [data_files]
     splits = [f if isinstance(f, dict) else {"split": "train", "path": f} for f in entries]
-    paths = [split["path"] for split in splits if split.get("split", "train") == "train"]
-    return [p for path in paths for p in ([path] if isinstance(path, str) else path)]
+    # Some have several training splits: train_sft, train_gen.
+    paths = [split["path"] for split in splits if re.match("train(?![a-z])", split.get("split", "train"))]
+    globs = [glob for path in paths for glob in ([path] if isinstance(path, str) else path)]
+    return [glob.removeprefix("./") for glob in globs]
 
 
 def _named_for_training(names: list[str], folder: str) -> set[str]:

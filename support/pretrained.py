@@ -316,6 +316,8 @@ def _read_config(file: Path) -> dict[str, float]:
         rates = {float(raw.get(name, 0.1)) for name in DROPOUTS}
         if not all(0 <= rate < 1 for rate in rates):
             raise ValueError(f"dropout {rates}")
+        if min(sizes.values()) < 1 or sizes["n_embd"] % sizes["n_head"]:
+            raise ValueError(f"sizes {sizes}")
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing: {EXPECTED}") from error
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

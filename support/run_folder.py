@@ -43,6 +43,7 @@ class Settings(Protocol):
     track: str
 
 
+LOG_SUFFIXES = (".log", ".out", ".err")
 # Of a run, besides its checkpoints.
 NAMES = (CONFIG, METRICS, FIGURE, SAMPLES, SUMMARY, attempts.UNDER_WAY, trackers.TENSORBOARD_FOLDER)
 
@@ -58,7 +59,8 @@ def check(s: Settings) -> None:
     if not out_dir.exists():
         return
     if other := _not_of_a_run(out_dir):
-        raise UserError(f"--out-dir {out_dir}: holds {other}, not a run: name another folder")
+        logs = f" (logs may end in {', '.join(LOG_SUFFIXES)})" if other.endswith(".txt") else ""
+        raise UserError(f"--out-dir {out_dir}: holds {other}, not a run: name another folder{logs}")
     if _is_run(out_dir) and not (s.resume or s.overwrite):
         raise UserError(
             f"--out-dir {out_dir}: already holds a run: continue it with --resume, replace it with "
@@ -77,38 +79,32 @@ def _not_of_a_run(out_dir: Path) -> str:
             return f"a model ({name})"
         if checkpoint.STEP_FOLDER.fullmatch(name):
             return f"the checkpoints of a run ({name})"
-    if (out_dir / CONFIG).is_file() and not _is_config_of_a_run(out_dir):
-        return f"another program's {CONFIG}"
-    if (out_dir / METRICS).is_file() and not metrics.has_records(out_dir / METRICS):
-        return f"another program's {METRICS}"
-    others = [] if _is_run(out_dir) else [name for name in names if (out_dir / name).is_file()]
-    return next((name for name in others if not _takes_output(out_dir / name)), "")
+    if _is_run(out_dir):
+        return ""
+    if others := checkpoint.folders(out_dir):
+        return f"another program's checkpoints ({others[0].name})"
+    files = [name for name in names if (out_dir / name).is_file()]
+    return next((name for name in files if name in NAMES or not _takes_output(out_dir / name)), "")
 
 
 def _is_run(out_dir: Path) -> bool:
-    return bool(_existing(out_dir) or checkpoint.folders(out_dir))
-
-
-def _is_config_of_a_run(out_dir: Path) -> bool:
-    """True if config.json records a run, or is damaged and lies beside what else a run has."""
-    try:
+    """True if the folder holds the record of a run, perhaps damaged, or a checkpoint of one."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         record = json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return (out_dir / METRICS).exists() or checkpoint.folders(out_dir) != []
-    return isinstance(record, dict) and isinstance(record.get("settings"), dict)
+        if isinstance(record, dict) and isinstance(record.get("settings"), dict):
+            return True
+    if (out_dir / METRICS).is_file() and metrics.has_records(out_dir / METRICS):
+        return True
+    return any((path / checkpoint.TRAINING_STATE).exists() for path in checkpoint.folders(out_dir))
 
 
 def _takes_output(path: Path) -> bool:
-    """True if a file is a log by its name, or is where this process prints to."""
-    if path.suffix in (".log", ".out", ".err"):
+    """True if a file is a log by its name, or takes this process's output; `tee` begins with an empty one."""
+    if path.suffix in LOG_SUFFIXES or path.stat().st_size == 0:
         return True
     with contextlib.suppress(OSError):
         return any(os.path.samestat(path.stat(), os.fstat(number)) for number in (1, 2))
     return False
-
-
-def _existing(out_dir: Path) -> list[Path]:
-    return [out_dir / name for name in NAMES if os.path.lexists(out_dir / name)]
 
 
 def claim(s: Settings) -> tuple[Path | None, FileLock]:
@@ -128,10 +124,12 @@ def claim(s: Settings) -> tuple[Path | None, FileLock]:
         ) from error
     if lock is None:
         raise UserError(f"{out_dir}: another process is training in it: wait, or use another --out-dir")
-    if s.overwrite:
+    if s.overwrite and _is_run(out_dir):
         checkpoint.remove_all(out_dir)
-        for path in _existing(out_dir):
-            files.remove(path)
+        # The record last: if this is cut off, what is left is still a run's.
+        for name in reversed(NAMES):
+            if os.path.lexists(out_dir / name):
+                files.remove(out_dir / name)
     checkpoint.remove_unfinished(out_dir)
     newest, problems = checkpoint.latest_intact(out_dir) if s.resume else (None, [])
     if newest:
@@ -294,6 +292,12 @@ def find_model(name: str) -> str:
     default run if there is none.
     """
     folder = Path(name)
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # too long a name, a folder that may not be read
+        raise UserError(f"{name:.60}: {error.strerror}: name a run, a checkpoint or a model") from error
     if name.endswith(BEST) and not folder.exists():
         folder = Path(name.removesuffix(BEST))
         if not folder.is_dir():

@@ -228,17 +228,19 @@ def world_size() -> int:
     Raises UserError if its variables do not fit together, as those that are left over from another start.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    given = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    given = " ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     problem = f"{missing[0]} is not set" if missing else ""
     try:
         rank, local_rank, size = (
-            int(os.environ.get(name, default)) for name, default in zip(names, "001", strict=True)
+            int(os.environ.get(name) or default) for name, default in zip(names, "001", strict=True)
         )
         if not 0 <= rank < size or local_rank < 0:
             problem = "they do not fit together"
         elif size == 1 and local_rank == 0:
             return 1
+        elif not missing and not 0 < int(os.environ["MASTER_PORT"]) < 2**16:
+            problem = f"MASTER_PORT={os.environ['MASTER_PORT']} is no port"
     except ValueError:
         problem = "not numbers"
     if problem:
@@ -254,8 +256,8 @@ def start(device: str, dtype: Dtype) -> Runtime:
     Raises UserError for a device or precision that this machine does not have, or that torch cannot use.
     """
     size = world_size()
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank = int(os.environ.get("RANK") or "0")
+    local_rank = int(os.environ.get("LOCAL_RANK") or "0")
     chosen = _pick_device(device, local_rank, size)
     agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
     rt = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, size, agent)
@@ -305,7 +307,7 @@ def _store_of_this_start() -> dist.Store | None:
             "torchrun, or unset its variables"
         ) from error
     store = dist.TCPStore(address, port, is_master=False, timeout=STEP_TIMEOUT)
-    return dist.PrefixStore(f"restart_{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return dist.PrefixStore(f"restart_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:

@@ -186,7 +186,8 @@ LEFT_OVER: dict[str, tuple[dict[str, str], str]] = {
     "a rank alone": ({"RANK": "3"}, "RANK=3: they do not fit together"),
     "a local rank alone": ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2: RANK is not set"),
     "text": ({"WORLD_SIZE": "all"}, "WORLD_SIZE=all: not numbers"),
-    "nothing": ({"WORLD_SIZE": ""}, "WORLD_SIZE=: not numbers"),
+    "a port that is text": ({**torchruns_variables(2), "MASTER_PORT": "abc"}, "not numbers"),
+    "a port that is too large": ({**torchruns_variables(2), "MASTER_PORT": "99999"}, "is no port"),
     "a rank beyond the size": ({**torchruns_variables(2), "RANK": "2"}, "they do not fit together"),
     "no address": ({**torchruns_variables(2), "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
     "a torchrun that has ended": (
@@ -215,7 +216,7 @@ def test_variables_of_torchrun_that_are_left_over(
 def test_one_process_needs_no_variables(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a job of one process say nothing else."""
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", "")
     assert (train(max_steps=0) / "metrics.jsonl").exists()
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,15 @@ def put(name: str, text: str = "{}") -> Callable[[Path], None]:
 
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a model": (put_model, "holds a model (model.safetensors), not a run"),
-    "a model's settings": (put("config.json", '{"model_type": "gpt2"}'), "another program's config.json"),
-    "settings with comments": (put("config.json", "{} // settings"), "another program's config.json"),
-    "another's metrics": (put("metrics.jsonl", '{"epoch": 1}\n'), "another program's metrics.jsonl"),
+    "a model's settings": (put("config.json", '{"model_type": "gpt2"}'), "holds config.json, not a run"),
+    "settings with comments": (put("config.json", "{} // settings"), "holds config.json, not a run"),
+    "another's metrics": (put("metrics.jsonl", '{"epoch": 1}\n'), "holds metrics.jsonl, not a run"),
+    "another's samples": (put("samples.txt", "mine"), "holds samples.txt, not a run"),
+    "another's figure": (put("loss_curves.png", "mine"), "holds loss_curves.png, not a run"),
+    "another's checkpoints": (
+        lambda folder: (folder / "checkpoints" / "step_000100").mkdir(parents=True),
+        "another program's checkpoints (step_000100)",
+    ),
     "a data set": (lambda folder: write_shard(folder / "x_train_000001.npy", 9), "holds x_train_000001.npy"),
     "checkpoints": (
         lambda folder: (folder / "step_000002").mkdir(),
@@ -60,7 +67,7 @@ def test_training_never_writes_into_what_is_not_a_run(
     with pytest.raises(UserError) as error:
         train(**{flag: True} if flag else {})
     assert message in str(error.value)
-    assert str(error.value).endswith(", not a run: name another folder")
+    assert re.search(r", not a run: name another folder( \(logs may end in .*\))?$", str(error.value))
     assert contents(folder) == before
 
 
@@ -75,13 +82,15 @@ def test_a_checkpoint_is_not_trained_into(train: Train) -> None:
 
 
 def test_a_new_run_starts_beside_what_harms_nobody(train: Train, tmp_path: Path) -> None:
-    """Other runs, hidden files, and the log file that the output goes to."""
+    """Other runs, hidden files, the log file that the output goes to; --overwrite has nothing to delete."""
     folder = tmp_path / "run"
-    (folder / "earlier").mkdir(parents=True)
+    (folder / "tensorboard" / "another's").mkdir(parents=True)
     for name in (".DS_Store", "nohup.out", "train.log"):
         (folder / name).write_text("x")
-    assert (train(max_steps=1) / "metrics.jsonl").exists()
-    assert {"earlier", ".DS_Store", "nohup.out", "train.log"} <= {path.name for path in folder.iterdir()}
+    (folder / "train.txt").touch()  # as `| tee train.txt` does
+    before = contents(folder).keys()
+    assert (train(max_steps=1, overwrite=True) / "metrics.jsonl").exists()
+    assert before <= contents(folder).keys() and (folder / "tensorboard" / "another's").is_dir()
 
 
 def test_the_file_that_output_goes_to_may_have_any_name(

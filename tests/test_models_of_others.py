@@ -396,3 +396,24 @@ def test_a_sharded_model_of_the_hub_loads_without_its_variants(folder: Path, hub
     hub.put("ann/shards", {path.name: path.read_bytes() for path in folder.glob("*.*")})
     assert torch.equal(load("ann/shards")(IDX)[0], expected)
     assert not any("fp16.safetensors" in path for _, path, _ in hub.requests)
+
+
+def test_a_name_that_is_too_long_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^x{60}: File name too long: name a run"):
+        run_folder.find_model("x" * 300)
+
+
+@pytest.mark.parametrize("changes", [{"n_head": 5}, {"n_head": 0}, {"n_layer": -1}])
+def test_sizes_that_cannot_be_name_their_file(folder: Path, changes: dict[str, int]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=r"config\.json: not the configuration of a GPT-2"):
+        load(folder)
+
+
+def test_a_config_that_lies_builds_nothing(tmp_path: Path) -> None:
+    sizes = {"block_size": 8, "n_layer": 10**6, "n_head": 1, "n_embd": 8}
+    torch.save({"model": {"x": torch.zeros(1)}, "config": sizes}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="its config does not describe its weights"):
+        upload_hf.convert(tmp_path / "a.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

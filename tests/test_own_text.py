@@ -236,6 +236,14 @@ CASES = {
     "a configuration without files": (
         SPLITS, {"configs": [{"config_name": "en", "data_dir": "data"}]}, "", SPLITS[:1],
     ),
+    "a mapping of splits": (
+        SPLITS, {"configs": [{"data_files": {"train": "./data/train-*", "test": "data/t*"}}]}, "", SPLITS[:1],
+    ),
+    "several training splits": (
+        ["sft.parquet", "gen.parquet", "test.parquet"],
+        {"configs": [{"data_files": {"train_sft": "sft.*", "train_gen": ["gen.*"], "test_sft": "test.*"}}]},
+        "", ["gen.parquet", "sft.parquet"],
+    ),
     "no card": (SPLITS, None, "", SPLITS[:1]),
     "a card without configurations": (SPLITS, {"license": "mit"}, "", SPLITS[:1]),
     "folders of splits": (["en/train/0.parquet", "en/test/0.parquet"], None, "", ["en/train/0.parquet"]),
