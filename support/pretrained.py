@@ -316,8 +316,10 @@ def _read_config(file: Path) -> dict[str, float]:
         rates = {float(raw.get(name, 0.1)) for name in DROPOUTS}
         if not all(0 <= rate < 1 for rate in rates):
             raise ValueError(f"dropout {rates}")
-        if min(sizes.values()) < 1 or sizes["n_embd"] % sizes["n_head"]:
+        if min(sizes.values()) < 1:
             raise ValueError(f"sizes {sizes}")
+        if sizes["n_embd"] % sizes["n_head"]:
+            raise ValueError(f"n_head {sizes['n_head']} does not divide n_embd {sizes['n_embd']}")
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing: {EXPECTED}") from error
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

@@ -89,6 +89,8 @@ def _not_of_a_run(out_dir: Path) -> str:
 
 def _is_run(out_dir: Path) -> bool:
     """True if the folder holds the record of a run, perhaps damaged, or a checkpoint of one."""
+    if (out_dir / attempts.UNDER_WAY).exists():
+        return True
     with contextlib.suppress(OSError, ValueError, RecursionError):
         record = json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))
         if isinstance(record, dict) and isinstance(record.get("settings"), dict):
