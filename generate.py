@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import codecs
 import contextlib
+import io
 import json
 import math
 import sys
@@ -26,7 +27,6 @@ import torch
 from model import GPT
 from support import cli, run_folder, runtime, tokenizer
 from support.cli import Dtype, UserError, flag
-from support.files import text_mode
 from support.linear import cast_once
 
 
@@ -165,7 +165,8 @@ def read_prompt(s: Settings) -> str:
     if s.prompt != "-":
         return s.prompt or ""
     try:
-        return text_mode(sys.stdin.buffer.read()).removesuffix("\n")
+        # In UTF-8 whatever the system's own encoding is, and without a byte order mark.
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig").read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt -: standard input is not UTF-8 ({error})") from error
 

@@ -108,7 +108,9 @@ def load(data: Path | None = None, style: Style = "completion", limit: int = 0) 
         raise UserError(f"{path}: cannot be read as HellaSwag examples ({error}): check --data") from error
     examples = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or (limit and len(examples) == limit):
+        if limit and len(examples) == limit:
+            break
+        if not line.strip():
             continue
         try:
             examples.append(encode(json.loads(line), style))
@@ -173,7 +175,7 @@ class SharedContext:
         return self.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention among these tokens, as far as the mask allows."""
+        """Masked attention among these tokens."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
 

@@ -63,7 +63,7 @@ class Settings:
 
 
 class Part:
-    """What a part has: the settings, its time, and its results, which are on the disk once they are noted."""
+    """Settings, time limit and results of one part; each result is written to disk as soon as it is noted."""
 
     def __init__(self, s: Settings, name: str, until: float) -> None:
         """until: when its time is over, of time.monotonic()."""
@@ -143,7 +143,7 @@ class Part:
 
 
 def device(part: Part) -> None:
-    """What the machine is, its two measured peak rates, and the tests that need a GPU."""
+    """Describe the machine, measure its two peak rates, and run the tests that need a GPU."""
     rt = runtime.start("auto", "auto")
     part.measure("machine", lambda: describe(rt))
     part.measure("peak_rates", lambda: peak_rates(rt, part.s.tiny))

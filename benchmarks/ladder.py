@@ -45,7 +45,7 @@ RUNGS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is trained with, besides its rate, which the sweep finds from `learning_rate` on."""
+    """Settings of a run; the sweep searches for its learning rate, starting at `learning_rate`."""
 
     learning_rate: float
     optimizer: str = "adamw"

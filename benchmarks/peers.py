@@ -159,7 +159,7 @@ def losses(folder: Path, config: Path) -> list[float]:
 
 
 def fits(folder: Path, s: bench.Settings) -> bool:
-    """Whether a step of the peer's model fits into the GPU's memory."""
+    """True if a step of the peer's model fits into the GPU's memory."""
     try:
         speed(folder, dataclasses.replace(s, steps=1, warmup=0, accumulation_steps=1, compile=False))
         return True

@@ -58,8 +58,9 @@ def fetch(repo_id: str, data_dir: Path, num_shards: int = 0) -> None:
     for entry in manifest["shards"]:
         _check_entry(entry, on_hub.get(entry["file"]), repo_id)
     if not shards.missing(data_dir, manifest, num_shards):
-        with contextlib.suppress(OSError):  # read-only data: it only saves the next look
-            shards.write_manifest(data_dir, manifest)
+        if not (data_dir / MANIFEST).exists():  # else it is another program's
+            with contextlib.suppress(OSError):  # read-only data: the manifest saves the next look at the Hub
+                shards.write_manifest(data_dir, manifest)
         return
     with shards.locked(data_dir):
         shards.write_manifest(data_dir, manifest)

@@ -75,7 +75,7 @@ class Attempts:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if not isinstance(error, UserError | torch.OutOfMemoryError):
                 reason, trace = f"{type(error).__name__}: {reason}", traceback.format_exc()
-        if reason:  # not before now: the error held the tensors of its frames
+        if reason:  # only here: the exception's frames kept their tensors alive until now
             if self.rt.is_main:
                 self._record(step, what, reason, trace)
             else:
@@ -93,7 +93,7 @@ class Attempts:
         return None if failed or self.stopped_by else result
 
     def _begin(self, step: int, what: str) -> bool:
-        """Whether to do it; then it is noted as under way."""
+        """True if the work should be done; lists it as under way in that case."""
         if (step, what) in self.settled:
             return False
         under_way = self._under_way()

@@ -148,8 +148,8 @@ def run(main: Callable[[], int | None], must_finish: bool = False) -> NoReturn:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in ENVIRONMENT_ERRORS:
             raise
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = "standard output"
+        if isinstance(error, OSError) and error.filename is None:  # of an open file, or of our output
+            error.filename = "the disk" if must_finish else "standard output"
             _discard_output()
         if os.environ.get("RANK", "0") != "0":
             # Under torchrun every rank hits the same mistake. Rank 0 reports it for all, and the launcher

@@ -6,7 +6,6 @@ There we leave out what is only a precaution.
 
 import errno
 import hashlib
-import io
 import os
 import shutil
 import sys
@@ -147,14 +146,6 @@ def lock_folder(folder: Path, wait: bool = False) -> FileLock | None:
         text = "this disk cannot lock files: see to it that no second process writes there"
         print(f"warning: {folder}: {text}", file=sys.stderr)
         return lock
-
-
-def text_mode(data: bytes) -> str:
-    """Decode UTF-8 as text mode reads it: line ends of any system become newlines, a byte order mark goes.
-
-    Raises UnicodeDecodeError.
-    """
-    return io.StringIO(data.decode("utf-8-sig"), newline=None).getvalue()
 
 
 def is_lfs_pointer(path: Path) -> bool:

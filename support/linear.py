@@ -29,7 +29,7 @@ class Linear(nn.Linear):
         if rows > self.FEW_ROWS or x.device.type != "cpu" or autocast_casts:
             return F.linear(x, weight, bias)
         columns = x.reshape(rows, -1).t()
-        if rows == 1:  # only here do all threads take part in the product of a matrix and a vector
+        if rows == 1:  # as a matrix and a vector: the fastest of several ways (BENCHMARKS.md)
             vector = columns.squeeze(1)
             y = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
         else:

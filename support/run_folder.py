@@ -116,7 +116,7 @@ def claim(s: Settings) -> tuple[Path | None, FileLock]:
     with other weights, if another process is training in it, or if the folder cannot be written.
     """
     out_dir = s.out_dir
-    check(s)
+    check(s)  # again: hours of fetching may have passed
     try:
         files.make_folder(out_dir)
         lock = files.lock_folder(out_dir)

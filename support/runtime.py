@@ -271,8 +271,9 @@ def start(device: str, dtype: Dtype) -> Runtime:
                 f"--device {device}: several GPUs need NCCL, which torch {torch.__version__} lacks here: "
                 "on Windows use WSL; or run without torchrun, on one GPU"
             )
-        if not agent:
-            print(f"waiting for {size} processes: to train in this one alone, unset RANK and WORLD_SIZE")
+        if not agent and rt.is_main:
+            text = f"waiting for {size} processes: to train in this one alone, unset RANK and WORLD_SIZE"
+            print(text, file=sys.stderr)
         try:
             dist.init_process_group(
                 "nccl" if chosen.type == "cuda" else "gloo",
@@ -302,9 +303,10 @@ def _store_of_this_start() -> dist.Store | None:
     try:
         socket.create_connection((address, port), timeout=60).close()  # torchrun listens before it starts us
     except OSError as error:
+        reason = error.strerror or error
         raise UserError(
-            f"MASTER_ADDR={address} MASTER_PORT={port}: no torchrun there ({error.strerror}): start with "
-            "torchrun, or unset its variables"
+            f"MASTER_ADDR={address} MASTER_PORT={port}: no torchrun there ({reason}): start with torchrun, or "
+            "unset its variables"
         ) from error
     store = dist.TCPStore(address, port, is_master=False, timeout=STEP_TIMEOUT)
     return dist.PrefixStore(f"restart_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

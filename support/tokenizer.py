@@ -75,25 +75,26 @@ def encode(text: str) -> np.ndarray:
         parts = [get_encoding().encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
     except UnicodeEncodeError:
         return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    return np.concatenate(parts) if parts else np.empty(0, np.uint32)
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint32), *parts])
 
 
 def pieces(text: str) -> Iterator[str]:
     """Cut a text into parts of at most PIECE characters."""
-    while len(text) > PIECE:
-        end = cut(text, PIECE)
-        yield text[:end]
-        text = text[end:]
-    if text:
-        yield text
+    begin = 0
+    while len(text) - begin > PIECE:
+        end = cut(text, begin + PIECE, begin)
+        yield text[begin:end]
+        begin = end
+    if begin < len(text):
+        yield text[begin:]
 
 
-def cut(text: str, end: int) -> int:
-    """The last place up to `end` where a text can be cut without changing its tokens.
+def cut(text: str, end: int, begin: int = 0) -> int:
+    """The last place after `begin` and up to `end` where a text can be cut without changing its tokens.
 
     If there is none, as in a megabyte without a space, `end` itself: a few tokens around it are then others.
     """
-    safe = SAFE_CUT.match(text, 0, end + 1)
+    safe = SAFE_CUT.match(text, begin, end + 1)
     return safe.end() if safe else end
 
 

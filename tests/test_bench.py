@@ -66,7 +66,7 @@ def test_settings_to_compare_that_are_none(text: str) -> None:
         bench.override(bench.Settings(), text)
 
 
-def test_what_is_timed_is_the_training_scripts_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_times_the_training_scripts_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, update = [], train_gpt2.update
     monkeypatch.setattr(train_gpt2, "update", lambda *args: steps.append(args) or update(*args))
     s = bench.Settings(
@@ -160,7 +160,7 @@ def test_a_plan_suggests_what_may_have_been_meant(typed: str, meant: str) -> Non
         planning.plan(typed, GPTConfig(), 1024, 524_288, 100, mfu=0.5)
 
 
-def test_one_gpu_needs_no_count() -> None:
+def test_a_plan_without_a_count_is_for_one_gpu() -> None:
     one = planning.plan("1xT4-16GB", GPTConfig(), 1024, 524_288, 100, mfu=0.5)
     assert planning.plan("T4-16GB", GPTConfig(), 1024, 524_288, 100, mfu=0.5) == one
 

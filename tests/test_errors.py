@@ -213,7 +213,9 @@ def test_variables_of_torchrun_that_are_left_over(
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_needs_no_variables(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_of_one_trains_without_torchruns_other_variables(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of a job of one process say nothing else."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "")

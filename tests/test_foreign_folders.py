@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from helpers import history, posix, write_shard
+from loopback_hub import LoopbackHub
 
 from model import GPT, GPTConfig
-from pre_tokens import build_shards, shards
+from pre_tokens import build_shards, fetch_tokens_hf, shards
 from pre_tokens.build_shards import Block
 from support import checkpoint, files, run_folder
 from support.cli import UserError
@@ -219,3 +220,16 @@ def test_hidden_files_are_no_shards(data_dir: Path, train: Train) -> None:
         (data_dir / f"._{path.name}").write_bytes(b"\0\5\26\7Mac OS X")
     assert not any(name.startswith(".") for name in shards.names_in(data_dir))
     assert history(train(max_steps=1)) == before
+
+
+def test_fetching_does_not_replace_another_programs_manifest(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although all shards are there already."""
+    with LoopbackHub() as hub:
+        hub.patch(monkeypatch, tmp_path)
+        hub.put("ann/words", {path.name: path.read_bytes() for path in data_dir.iterdir()}, "dataset")
+        (data_dir / "manifest.json").write_text('{"name": "a web page"}')
+        before = contents(data_dir)
+        fetch_tokens_hf.fetch("ann/words", data_dir)
+        assert contents(data_dir) == before

@@ -142,7 +142,7 @@ def test_three_recipes_over_the_same_tokens(part: Part) -> None:
     assert "recipes.png" in (part.s.out / "report.md").read_text()
 
 
-def test_what_evaluations_and_checkpoints_cost(part: Part) -> None:
+def test_costs_have_a_time_for_each_evaluation_and_checkpoint(part: Part) -> None:
     found = gpu_runs.costs(part)
     assert found["val_tokens"] == 2048 and found["hellaswag_examples"] == 0
     assert all(found[f"{kind}_seconds"] > 0 for kind in ("val", "sample", "checkpoint", "checkpoint_written"))

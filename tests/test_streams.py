@@ -1,5 +1,6 @@
 """Output that goes away: closed terminals and pipes, full disks, no streams at all, those of a notebook."""
 
+import errno
 import io
 import os
 import signal
@@ -68,6 +69,21 @@ def test_a_script_whose_output_is_its_product_ends_with_its_reader(tmp_path: Pat
     status, errors, finished = script(tmp_path, False, "</dev/null >/dev/full")
     assert (status, finished) == (2, False)
     assert errors.splitlines()[-1] == "error: standard output: No space left on device"
+
+
+@pytest.mark.parametrize(("must_finish", "place"), [(True, "the disk"), (False, "standard output")])
+def test_a_full_disk_is_not_taken_for_the_output(
+    must_finish: bool, place: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of an open file does not say which: where output cannot fail, it is no output."""
+    monkeypatch.setattr(cli, "_discard_output", lambda: None)
+
+    def main() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit):
+        cli.run(main, must_finish)
+    assert capsys.readouterr().err == f"error: {place}: No space left on device\n"
 
 
 class NotebookStream(io.TextIOBase):

@@ -36,7 +36,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         running.patch(monkeypatch, tmp_path)
         running.put(REPO, {SHARD: write_shard(tmp_path / SHARD, 2000).read_bytes()}, "dataset")
         monkeypatch.delenv("NO_PROXY")
-        huggingface_hub.close_session()
         yield running
         huggingface_hub.close_session()
 

@@ -281,7 +281,9 @@ def test_torchrun_killed_alone(run: Run, expected_of_two: Expected) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_of_two_machines_dies_and_comes_back(run: Run, expected_of_two: Expected, victim: int) -> None:
+def test_two_machines_finish_after_one_dies_and_comes_back(
+    run: Run, expected_of_two: Expected, victim: int
+) -> None:
     """Two agents as on two machines, started again as the loop of workflow.md does.
 
     The first is the one where they meet: without it the other ends too, and is started again.
