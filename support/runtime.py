@@ -305,8 +305,8 @@ def _store_of_this_start() -> dist.Store | None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"MASTER_ADDR={address} MASTER_PORT={port}: no torchrun there ({reason}): start with torchrun, or "
-            "unset its variables"
+            f"MASTER_ADDR={address} MASTER_PORT={port}: no torchrun there ({reason}): start with torchrun, "
+            "or unset its variables"
         ) from error
     store = dist.TCPStore(address, port, is_master=False, timeout=STEP_TIMEOUT)
     return dist.PrefixStore(f"restart_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
