@@ -19,7 +19,8 @@ import torch
 from support import files, metrics
 from support.cli import UserError
 from support.metrics import Metrics
-from support.runtime import Runtime, Stopped
+from support.runtime import Runtime
+from support.stop_signal import Stopped
 
 T = TypeVar("T")
 UNDER_WAY = ".evaluating.json"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """`nn.Linear`, with a faster path for few rows on a CPU, as in sampling.
 
-    There `weight @ xᵀ` takes 0.65 to 0.8 of the time of `x @ weightᵀ` in bf16 on a CPU with units for it. In fp32
-    that depends on the CPU: on that one it is faster from 6 rows on, and for 2 to 4 rows up to twice as slow.
+    There `weight @ xᵀ` takes 0.65 to 0.8 of the time of `x @ weightᵀ` in bf16, on a CPU with units for it. In
+    fp32 that depends on the CPU: on that one it is faster from 6 rows on, and up to twice as slow for 2 to 4.
     """
 
     FEW_ROWS = 16  # up to here a CPU spends its time reading the matrix, not multiplying

@@ -1,13 +1,11 @@
-"""Processes, device, precision and signals: what differs between a laptop and eight GPUs."""
+"""Processes, device and precision: what differs between a laptop and eight GPUs."""
 
 import contextlib
 import importlib.util
 import os
 import platform
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,13 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support import driver
 from support.cli import Dtype, UserError
+from support.stop_signal import StopSignal
 
 T = TypeVar("T")
 # How long processes wait for each other before they give up: while one of them fetches data, and after that.
 # The latter is above the longest evaluation, checkpoint or compilation that the others wait for.
 FETCH_TIMEOUT = timedelta(hours=6)
 STEP_TIMEOUT = timedelta(minutes=15)
-AGENT_INTERVAL = 1.0  # seconds between looks at whether torchrun is still there
 # DDP's buckets of gradients, in MiB. A compiled graph is cut at them, and nothing is fused across a cut: with
 # torch's 25 a micro-step of GPT-2 124M moves 5.7 % more bytes than uncut, with 64 1.0 % (BENCHMARKS.md).
 BUCKET_MB = 64
@@ -35,82 +33,6 @@ BUCKET_MB = 64
 # masks (pytorch/pytorch#181151, #184180).
 MPS_NEEDS = (2, 13)
 TRITON_NEEDS = (7, 0)  # the lowest compute capability that torch.compile accepts
-
-
-class Stopped(Exception):
-    """A signal has cut work off that a resumed run will do again."""
-
-
-class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can stop after the current step or in its evaluation.
-
-    Until `listen` is called they end the process at once, as usual.
-
-    The death of torchrun counts as SIGTERM: processes that it has left behind would train on unnoticed, and
-    stand in the way of those that the next one starts. So does Ctrl-Break on Windows, which has no SIGTERM.
-    So does SIGHUP, which a terminal sends when it closes, unless it is ignored, as under nohup.
-
-    torchrun passes on a signal that the terminal has already sent, so a second one means the same; the third
-    ends the process at once. Python runs its signal handlers between bytecodes, which a backward pass can
-    delay by seconds: a thread that the interpreter wakes from within the signal answers immediately.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0  # of the signal that has come
-        self.times = 0
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self.number:
-            raise Stopped
-
-    def listen(self, announce: bool, agent: int) -> None:
-        """Remember signals from now on.
-
-        announce: say on stderr what the signal does; one process of a run is enough.
-        agent: the process id of torchrun, whose death to notice; 0: none.
-        """
-        self.agent = agent
-        self.announce = announce
-        self.wake_up, waker = socket.socketpair()
-        waker.setblocking(False)
-        self.waker = waker  # stays open as long as signals may come
-        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        hang_up = getattr(signal, "SIGHUP", None)
-        if hang_up and signal.getsignal(hang_up) == signal.SIG_IGN:
-            hang_up = None
-        self.as_sigterm = {getattr(signal, "SIGBREAK", None), hang_up} - {None}
-        for number in {signal.SIGTERM, signal.SIGINT} | self.as_sigterm:
-            signal.signal(number, lambda number, frame: None)  # the thread does the work
-        threading.Thread(target=self._listen, name="stop signal", daemon=True).start()
-
-    def _listen(self) -> None:
-        while True:
-            self.wake_up.settimeout(AGENT_INTERVAL if self.agent else None)
-            try:
-                received = self.wake_up.recv(1)[0]
-            except TimeoutError:
-                self._look_for_agent()
-                continue
-            number = signal.SIGTERM if received in self.as_sigterm else received
-            self.number = self.number or number
-            self.times += 1
-            if self.times > 2:
-                os._exit(128 + number)
-            if self.announce:
-                name = signal.Signals(received).name
-                left = "once" if self.times == 2 else "twice"
-                text = f"\n{name}: stopping after this step; {left} more to quit now"
-                print(text, file=sys.stderr, flush=True)
-
-    def _look_for_agent(self) -> None:
-        """Stop if torchrun is gone: another process has become this one's parent."""
-        if os.getppid() == self.agent:
-            return
-        self.agent = 0
-        self.number = self.number or signal.SIGTERM
-        if self.announce:
-            print("\ntorchrun is gone: stopping after this step", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import settings
 from model import GPT, GPTConfig
 from support import checkpoint, driver, files, hardware, metrics, pretrained, run_folder, runtime, tokenizer
 from support.cli import UserError
+from support.stop_signal import StopSignal
 
 # What a Python on Windows has none of, in a file that every process reads as it starts.
 WINDOWS = """
@@ -217,7 +218,7 @@ def test_ctrl_break_stops_a_run_as_sigterm_does(monkeypatch: pytest.MonkeyPatch)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     wakeup = signal.set_wakeup_fd(-1)
     try:
-        stop = runtime.StopSignal()
+        stop = StopSignal()
         stop.listen(announce=False, agent=0)
         os.kill(os.getpid(), signal.SIGUSR1)
         deadline = time.monotonic() + 10

@@ -20,7 +20,7 @@ import optim
 import train_gpt2
 from model import GPT, GPTConfig
 from settings import PRESETS
-from support import checkpoint, driver, hardware, run_folder, runtime
+from support import checkpoint, driver, hardware, run_folder, runtime, stop_signal
 from support.cli import UserError
 from support.runtime import Runtime
 
@@ -78,11 +78,11 @@ def test_the_death_of_torchrun_stops_a_run_as_sigterm_does(
     monkeypatch: pytest.MonkeyPatch, is_there: bool, number: int
 ) -> None:
     """With a real one in tests/faults."""
-    monkeypatch.setattr(runtime, "AGENT_INTERVAL", 0.01)
+    monkeypatch.setattr(stop_signal, "AGENT_INTERVAL", 0.01)
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     wakeup = signal.set_wakeup_fd(-1)
     try:
-        stop = runtime.StopSignal()
+        stop = stop_signal.StopSignal()
         stop.listen(announce=False, agent=os.getppid() if is_there else os.getpid())
         deadline = time.monotonic() + (0.5 if is_there else 10)
         while not stop.number and time.monotonic() < deadline:

@@ -17,7 +17,7 @@ from helpers import ROOT, as_flags, command, environment, history, posix
 import generate
 from model import GPT, GPTConfig
 from support import cli
-from support.runtime import StopSignal
+from support.stop_signal import StopSignal
 
 # A script that prints more than a pipe or a buffer holds, and then leaves a mark.
 SCRIPT = """
