@@ -132,7 +132,8 @@ def _parts(stream: BinaryIO, separator: str) -> Iterator[tuple[str, int, bool]]:
         # The end of the rest may be the beginning of a separator, and must not be cut from what follows.
         while (end := len(rest) - len(around + separator) + 1) >= CHARACTERS_PER_BLOCK:
             end = tokenizer.cut(rest, end)
-            part, rest = rest[:end].lstrip(before) if begins else rest[:end], rest[end:]
+            part = rest[:end].lstrip(before) if begins else rest[:end]
+            rest = rest[end:]
             if part:
                 yield part, stream.tell(), begins
                 begins = False

@@ -46,9 +46,10 @@ def cast_once(model: nn.Module) -> Iterator[None]:
     model must not be trained meanwhile: the copies would stay as they are.
     """
     device = next(model.parameters()).device.type
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
     if not torch.is_autocast_enabled(device):
-        layers = []
+        yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
     dtype = torch.get_autocast_dtype(device)
     for layer in layers:
         bias = None if layer.bias is None else layer.bias.detach().to(dtype)

@@ -91,10 +91,8 @@ def _is_run(out_dir: Path) -> bool:
     """True if the folder holds the record of a run, perhaps damaged, or a checkpoint of one."""
     if (out_dir / attempts.UNDER_WAY).exists():
         return True
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        record = json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))
-        if isinstance(record, dict) and isinstance(record.get("settings"), dict):
-            return True
+    if "max_steps" in recorded_settings(out_dir):
+        return True
     if (out_dir / METRICS).is_file() and metrics.has_records(out_dir / METRICS):
         return True
     return any((path / checkpoint.TRAINING_STATE).exists() for path in checkpoint.folders(out_dir))
@@ -208,7 +206,7 @@ def recorded_settings(out_dir: Path) -> dict[str, object]:
     """The settings in a run's config.json; none without a readable file."""
     try:
         return dict(json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -1,5 +1,6 @@
 """Folders that hold something else than a run, and folders as other systems make them."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -37,6 +38,8 @@ def put(name: str, text: str = "{}") -> Callable[[Path], None]:
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a model": (put_model, "holds a model (model.safetensors), not a run"),
     "a model's settings": (put("config.json", '{"model_type": "gpt2"}'), "holds config.json, not a run"),
+    "an editor's settings": (put("config.json", '{"settings": {"tab": 4}}'), "holds config.json, not a run"),
+    "a list of settings": (put("config.json", '{"settings": ["max_steps"]}'), "holds config.json, not a run"),
     "settings with comments": (put("config.json", "{} // settings"), "holds config.json, not a run"),
     "another's metrics": (put("metrics.jsonl", '{"epoch": 1}\n'), "holds metrics.jsonl, not a run"),
     "another's samples": (put("samples.txt", "mine"), "holds samples.txt, not a run"),
@@ -125,6 +128,29 @@ def test_overwrite_leaves_what_is_not_the_runs(train: Train) -> None:
     train(max_steps=1, overwrite=True)
     assert (run / "notes.txt").read_text() == "mine"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-500", "step_000001"}
+
+
+@pytest.mark.parametrize("removed", range(6))
+def test_an_overwrite_that_was_cut_off_is_done_again(
+    removed: int, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much it had removed, what is left passes for the run that it was."""
+    run = train(max_steps=1)
+    (run / "loss_curves.png").write_bytes(b"a figure")
+    left, remove = [removed], files.remove
+
+    def remove_some(path: Path) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        remove(path)
+
+    monkeypatch.setattr(files, "remove", remove_some)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(max_steps=2, overwrite=True)
+    left[0] = 100
+    train(max_steps=3, overwrite=True)
+    assert history(run)[-1]["step"] == 3
 
 
 class OneBlock:
