@@ -40,7 +40,7 @@ import train_gpt2
 from model import GPT, GPTConfig
 from pre_tokens.shards import find_shards
 from settings import PRESETS
-from support import cli, hardware, loss, planning, runtime, tokenizer
+from support import cli, compiler, hardware, loss, planning, runtime, tokenizer
 from support.cli import Dtype, UserError, flag
 from support.progress import Stopwatch
 
@@ -124,7 +124,7 @@ def check_settings(s: Settings) -> None:
     for name, value in vars(s).items():
         if isinstance(value, int | float) and not 0 <= value < math.inf:
             raise UserError(f"{flag(name, value)}: must be at least 0")
-    runtime.check_compile(s.compile, s.device)
+    compiler.check(s.compile, s.device)
     if not 0 < s.mfu <= 1:
         raise UserError(f"--mfu {s.mfu}: must be above 0 and at most 1 (0.45 is 45 %)")
     if not 0 < s.network < math.inf:
@@ -188,10 +188,13 @@ class TimedModel:
 def measure(s: Settings) -> dict[str, object]:
     """Time training steps as the settings say."""
     rt = runtime.start(s.device, s.dtype)
+    if s.compile:
+        compiler.try_out(rt)
     config, T, name = model_config(s)
     padded = hardware.padded_vocab_size(config.vocab_size, rt.device)
     model = GPT(dataclasses.replace(config, padded_vocab_size=padded)).to(rt.device)
     model.recompute = s.recompute
+    hardware.avoid_faulty_attention(T, config.dropout)
     p = PRESETS[s.preset]
     B = s.micro_batch_size or 1
     if rt.device.type == "cuda" and not s.micro_batch_size:
@@ -216,18 +219,21 @@ def measure(s: Settings) -> dict[str, object]:
     known = hardware.peak_flops(rt.device, rt.dtype)  # else measured before and after, as machines vary
     peak = known or hardware.measured_flops(rt.device, rt.dtype)
     begin, kernel = time.perf_counter(), KERNELS.get(s.attention)
+    steps: list[Tensor] = []
     with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
         for step in range(s.warmup + s.steps):
             watch.start_lap()
-            numbers = train_gpt2.update(run, batches)
+            steps.append(train_gpt2.update(run, batches))
             watch.mark("optimizer")
             if s.sync:
-                numbers.tolist()
+                steps[-1].tolist()
             if step == s.warmup - 1:
                 rt.synchronize()
                 warmup_seconds = time.perf_counter() - begin
     batches.close()
     laps = watch.seconds()[s.warmup :]
+    for mean_loss, grad_norm, *_, scale in torch.stack(steps).tolist():
+        check_finite(mean_loss, 0.0 if scale > 1 else grad_norm)  # in fp16 the first gradients may overflow
     durations = [sum(lap.values()) for lap in laps]
     median = statistics.median(durations)
     peak = known or max(peak, hardware.measured_flops(rt.device, rt.dtype))
@@ -255,6 +261,14 @@ def measure(s: Settings) -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def check_finite(*numbers: float | None) -> None:
+    """Raise UserError if one of the numbers that a timed computation gave is not finite: it may be wrong."""
+    if not all(number is not None and math.isfinite(number) for number in numbers):
+        raise UserError(
+            "loss or gradient not finite, so its time means nothing: another --attention, or --no-compile"
+        )
 
 
 def describe(result: dict[str, object]) -> str:
@@ -374,7 +388,7 @@ def show_plan(s: Settings) -> None:
 
 
 def main() -> None:
-    defaults = Settings(compile=runtime.compiles_by_default(cli.given("device") or "auto"))
+    defaults = Settings(compile=compiler.on_by_default(cli.given("device") or "auto"))
     s = cli.parse(Settings, "Time training on this machine, or plan a run on another.", default=defaults)
     check_settings(s)
     if s.plan:

@@ -145,8 +145,8 @@ def train_batches(
     The next one is read in the background, into pinned memory for a CUDA device.
 
     With each, torch's generators are seeded from the stream's seed and the index of its first sequence, for
-    the masks of dropout: with the same B they too depend on the step alone, whatever was drawn before it and
-    however many processes there are.
+    the masks of dropout: with the same B they too depend on the step alone, whatever was drawn before it. In
+    a model that is not compiled they do not depend on the number of processes either.
     """
     B = micro_batch_size
     stride = B * world_size

@@ -78,7 +78,7 @@ class Score:
 def prepare(data: str, rt: Runtime, required: bool) -> tuple[list[Example], str]:
     """The examples for a training run, of a local file or the published one; or none, and why there are none.
 
-    required: raise UserError if there is something wrong with a local file.
+    required: raise UserError, on every process, if there is something wrong with a local file.
     """
     examples, problem = [], ""
     try:
@@ -86,12 +86,12 @@ def prepare(data: str, rt: Runtime, required: bool) -> tuple[list[Example], str]
             rt.run_on_some(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
         examples = load(Path(data) if data else None)
     except UserError as error:
-        if data and required:
-            raise
         problem = str(error)
     if not rt.on_any(problem != ""):
         return examples, ""
     problem = problem or "another process cannot read its file"
+    if data and required:
+        raise UserError(problem)
     rt.say(f"warning: continuing without HellaSwag: {problem}")
     return [], problem
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from support import cli, runtime, trackers
+from support import cli, compiler, trackers
 from support.cli import Dtype, UserError, flag
 
 Schedule = Literal["cosine", "linear", "wsd"]
@@ -271,7 +271,7 @@ def read_settings(args: list[str] | None = None) -> Settings:
     name = cli.given("preset", args) or "gpt2-124m"
     if name in PRESETS:
         preset = PRESETS[name]
-        compiled = runtime.compiles_by_default(cli.given("device", args) or preset.device)
+        compiled = compiler.on_by_default(cli.given("device", args) or preset.device)
         defaults = dataclasses.replace(preset, preset=name, compile=compiled)
     else:
         defaults = settings_from_config(Path(name))
@@ -350,7 +350,7 @@ def check_settings(s: Settings, world_size: int) -> None:
     if (s.keep_best or s.patience) and not s.val_interval:
         name = "--keep-best" if s.keep_best else flag("patience", s.patience)
         raise UserError(f"{name} --val-interval 0: needs validations: set --val-interval, or drop it")
-    runtime.check_compile(s.compile, s.device)
+    compiler.check(s.compile, s.device)
     if s.num_shards == 1:
         raise UserError(
             "--num-shards 1: training needs a validation and a training shard: use 2 or more, or 0"

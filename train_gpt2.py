@@ -37,6 +37,7 @@ from settings import PRESETS, SHAPE, Settings, check_settings, read_settings
 from support import (
     checkpoint,
     cli,
+    compiler,
     files,
     hardware,
     metrics,
@@ -96,8 +97,11 @@ def set_up(s: Settings, rt: Runtime) -> Run:
     rt.run_on_some(rt.is_main, lambda: run_folder.check(s))  # before anything is fetched into it
     if s.init_from == "scratch":  # before anything is fetched; other models first say how large they are
         refuse_long_run(s, scratch_config(s), rt)
+    if s.compile:
+        compiler.try_out(rt)
     hub_state = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
     model = build_model(s, rt.device)
+    hardware.avoid_faulty_attention(s.sequence_length, s.dropout)
     s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # to be recorded
     if s.init_from != "scratch":
         refuse_long_run(s, model.config, rt)
@@ -226,7 +230,7 @@ def run_steps(run: Run) -> int:
     stopped = evaluate(run, step)  # at a resume only what the record of this step lacks
     flops_per_token = run.model.config.flops_per_token(s.sequence_length)
     peak_flops = hardware.peak_flops(rt.device, rt.dtype)
-    progress = Progress(s, rt, run.metrics, flops_per_token, peak_flops, pauses=run.attempt.seconds)
+    progress = Progress(s, rt, run.metrics, run.writer, flops_per_token, peak_flops, run.attempt.seconds)
     with contextlib.closing(batches), run.clock("training"):
         while step < run.last_step and not stopped:
             step += 1

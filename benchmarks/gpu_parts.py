@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to find the m
 import bench
 from pre_tokens.shards import names_in
 from settings import PRESETS
-from support import cli, files, gpus, hardware, planning, runtime
+from support import cli, compiler, files, gpus, hardware, planning, runtime
 from support.cli import UserError
 from support.progress import Stopwatch
 from support.runtime import Runtime
@@ -114,7 +114,7 @@ class Part:
 
     def bench(self, **changes: object) -> bench.Settings:
         """Settings of bench.py for the recipe's model on --data-dir, for one micro-batch a step."""
-        compiled = runtime.compiles_by_default("auto") and not self.s.tiny
+        compiled = compiler.on_by_default("auto") and not self.s.tiny
         small = {**TINY, "steps": 2, "warmup": 1} if self.s.tiny else {"steps": 10, "warmup": 3}
         values = {"data_dir": self.s.data_dir.resolve(), "compile": compiled, **small, **changes}
         return bench.Settings(**values)
@@ -164,7 +164,7 @@ def describe(rt: Runtime) -> dict[str, object]:
 
         described["triton"] = triton.__version__
     if rt.device.type == "cuda":
-        peak = hardware.peak_flops(rt.device, torch.bfloat16)
+        peak = hardware.peak_flops(rt.device, rt.dtype)
         described["data_sheet_tflops"] = peak and peak / 1e12
         for query in ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem"):
             command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
@@ -185,9 +185,12 @@ def median_seconds(work: Callable[[], object], rt: Runtime, repeats: int) -> flo
 
 
 def peak_rates(rt: Runtime, tiny: bool) -> dict[str, float]:
-    """The device's rates: bf16 products of random matrices, and copying, counting bytes read and written."""
+    """The device's rates: products of random matrices in the precision that it trains in, and copying.
+
+    A copied byte counts twice: it is read and written.
+    """
     n, n_bytes = (128, 2**20) if tiny else (8192, min(2**32, torch.cuda.mem_get_info()[0] // 4))
-    a, b = torch.randn(2, n, n, device=rt.device, dtype=torch.bfloat16)
+    a, b = torch.randn(2, n, n, device=rt.device, dtype=rt.dtype)
     product = torch.empty_like(a)
     seconds = median_seconds(lambda: torch.mm(a, b, out=product), rt, 30)
     source = torch.randint(256, (n_bytes,), dtype=torch.uint8, device=rt.device)
@@ -195,6 +198,7 @@ def peak_rates(rt: Runtime, tiny: bool) -> dict[str, float]:
     copy_seconds = median_seconds(lambda: target.copy_(source), rt, 30)
     return {
         "product_size": n,
+        "product_dtype": str(rt.dtype).removeprefix("torch."),
         "product_tflops": 2 * n**3 / seconds / 1e12,
         "copy_gb": n_bytes / 1e9,
         "copy_gb_per_sec": 2 * n_bytes / copy_seconds / 1e9,

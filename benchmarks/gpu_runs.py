@@ -80,6 +80,7 @@ def resumed_run(part: Part, command: list[str], run: Path) -> dict[str, object]:
     repeated = sorted(step for step in before if step > resumed_from)
     rates = [after[step]["tokens_per_sec"] for step in sorted(after)[2:]]
     mfus = [after[step]["mfu"] for step in sorted(after)[2:]]
+    bench.check_finite(*(r["loss"] for r in records if r["kind"] in ("train", "val")))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     losses = {f"val_loss_at_{r['step']}": r["loss"] for r in records if r["kind"] == "val"}
     scores = {
@@ -165,11 +166,13 @@ def compare_losses(part: Part, found: dict[str, Path], B: int) -> dict[str, obje
     ours = [record["loss"] for _, record in sorted(train_records(run / "metrics.jsonl").items())]
     curves = {"ours": ours}
     part.note("curves", curves)
+    bench.check_finite(*ours)
     found_so_far: dict[str, object] = {"steps": steps, "ours_last": ours[-1]}
     for name, folder in found.items():
         theirs = peers.apart(peers.losses, folder, run / "config.json")
         curves[name] = theirs
         part.note("curves", curves)
+        bench.check_finite(*theirs)
         found_so_far[f"{name}_last"] = theirs[-1]
         apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         found_so_far |= {f"{name}_first_difference": apart[0], f"{name}_largest_difference": max(apart)}
@@ -275,6 +278,11 @@ def costs(part: Part) -> dict[str, float]:
     for step in (7, 8):
         found["checkpoint_seconds"] = seconds_of(lambda step=step: train_gpt2.save(run, step, wait=False), rt)
         found["checkpoint_written_seconds"] = seconds_of(run.writer.wait, rt)
+    for record in metrics.read(run.metrics.path):
+        if record.get("name") == "evaluation failed":  # and so took no time
+            raise UserError(f"{record['what']}: {record['reason']}")
+        if record["kind"] == "val":
+            bench.check_finite(record["loss"])
     found["val_tokens"] = min(s.val_tokens, len(run.val_stream) * s.sequence_length)
     found["hellaswag_examples"] = len(run.hellaswag_examples)
     return found

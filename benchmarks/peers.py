@@ -117,7 +117,7 @@ def speed(folder: Path, s: bench.Settings) -> dict[str, float | None]:
     seconds = []
     for _ in range(s.warmup + s.steps):
         begin = time.perf_counter()
-        step(model, optimizer, batches, s.accumulation_steps, rt)
+        bench.check_finite(step(model, optimizer, batches, s.accumulation_steps, rt))
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds[s.warmup :])
     memory = hardware.peak_memory(rt.device)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from support import gpus
+from support import gpus, runtime
 from support.cli import UserError
 from support.loss import default_chunks
 from support.pretrained import is_block_matrix
@@ -70,6 +70,11 @@ def peak_memory(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
+    # Not ru_maxrss, where Linux lists it: a new process begins with the peak of the one that started it.
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     try:
         import resource  # not on Windows
     except ImportError:
@@ -87,9 +92,9 @@ def attention_backend(
 ) -> str:
     """The kernel that scaled_dot_product_attention picks for these shapes: flash, cudnn, efficient, math.
 
-    torch decides by device, precision and versions: on H100 and B200 cuDNN if it is recent (torch 2.11 and
-    later have one), else flash from Ampere on, and efficient before. On CPUs flash, with dropout math, which
-    stores the probabilities.
+    torch decides by device, precision and version: on H100 and B200 cuDNN with torch 2.9, flash with 2.10 (its
+    FlashAttention 2), cuDNN again from 2.11 on; on other GPUs flash from Ampere on, and efficient before. On
+    CPUs flash, with dropout math, which stores the probabilities.
     """
     if rt.device.type not in ("cpu", "cuda"):
         return "default"
@@ -158,6 +163,18 @@ def attention_for_many_shapes(device: torch.device) -> contextlib.AbstractContex
     if device.type != "cuda":
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def avoid_faulty_attention(sequence_length: int, dropout: float) -> None:
+    """Keep training away from cuDNN's attention where it is wrong or may crash. For the whole process.
+
+    Before torch 2.10 its backward may read beyond its memory on Hopper and Blackwell, where the length is no
+    multiple of 128 (pytorch/pytorch#169849); before 2.12 it rounds the rate of dropout to sixteenths
+    (pytorch/pytorch#174245).
+    """
+    version = runtime.torch_version()
+    if (version < (2, 10) and sequence_length % 128) or (version < (2, 12) and dropout):
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def padded_vocab_size(vocab_size: int, device: torch.device) -> int:

@@ -145,12 +145,13 @@ class Progress:
         s: Settings,
         rt: Runtime,
         run_metrics: metrics.Metrics,
+        writer: checkpoint.Writer,
         flops_per_token: float,
         peak_flops: float | None,
         pauses: Mapping[str, float],
     ) -> None:
         """peak_flops: of one device, if it is known. pauses: seconds that each kind of evaluation takes."""
-        self.metrics, self.say, self.device = run_metrics, rt.say, rt.device
+        self.metrics, self.writer, self.say, self.device = run_metrics, writer, rt.say, rt.device
         self.max_steps = s.max_steps
         self.tokens_per_step, self.flops_per_token = s.total_batch_size, flops_per_token
         self.peak_flops = peak_flops * rt.world_size if peak_flops else None
@@ -252,8 +253,10 @@ class Progress:
         self.bad_steps += 1
         self.metrics.log(step, "event", name="bad step")
         if self.bad_steps == self.max_bad_steps:
+            self.writer.wait()  # for a checkpoint that is about to exist
             last_good = next(iter(checkpoint.folders(self.metrics.path.parent)), "the start")
             raise UserError(
                 f"step {step}: loss or gradient not finite for --max-bad-steps {self.bad_steps} steps in a "
                 f"row, all skipped: --resume continues from {last_good}; lower --learning-rate"
+                + (", or set TORCH_CUDNN_SDPA_DEPRIORITIZED=1" if self.device.type == "cuda" else "")
             )

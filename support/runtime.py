@@ -1,7 +1,7 @@
 """Processes, device and precision: what differs between a laptop and eight GPUs."""
 
 import contextlib
-import importlib.util
+import dataclasses
 import os
 import platform
 import socket
@@ -32,7 +32,9 @@ BUCKET_MB = 64
 # The oldest torch for Apple's GPUs: before, attention gave wrong results there for some shapes of queries and
 # masks (pytorch/pytorch#181151, #184180).
 MPS_NEEDS = (2, 13)
-TRITON_NEEDS = (7, 0)  # the lowest compute capability that torch.compile accepts
+
+# From what few devices are fast at to what all can do: processes on unlike ones take what all can.
+PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class Runtime:
                 result = work()
             except UserError as error:
                 failure = error
-        failed = self.all_reduce(torch.tensor(int(failure is not None), device=self.device), "MAX", group)
+        flag = torch.tensor(int(failure is not None), device=self.device)
+        failed = self.all_reduce(flag, "MAX", group).item()  # read first: a GPU may still be at it
         if group is not None:
             dist.destroy_process_group(group)
         if failed:
@@ -182,11 +185,11 @@ def start(device: str, dtype: Dtype) -> Runtime:
     local_rank = int(os.environ.get("LOCAL_RANK") or "0")
     chosen = _pick_device(device, local_rank, size)
     agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
-    rt = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, size, agent)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+        torch.cuda.set_device(chosen)  # first of all: torch answers for the current GPU
         # What autocast leaves in fp32 uses TF32 units; on a CPU this setting would change results.
         torch.set_float32_matmul_precision("high")
+    rt = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, size, agent)
     if rt.world_size > 1:
         if chosen.type == "cuda" and not dist.is_nccl_available():
             raise UserError(
@@ -208,6 +211,9 @@ def start(device: str, dtype: Dtype) -> Runtime:
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"WORLD_SIZE={size}: the other processes cannot be reached: {reason}") from error
+        if dtype == "auto":  # gradients of a scaled loss in fp16 and those of bf16 cannot be averaged
+            [least] = rt.highest(PRECISIONS.index(rt.dtype))
+            rt = dataclasses.replace(rt, dtype=PRECISIONS[least])
     return rt
 
 
@@ -273,7 +279,7 @@ def _pick_device(device: str, local_rank: int, world_size: int) -> torch.device:
         return torch.device("cuda", index)
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available on this machine: use --device cpu")
-    if chosen.type == "mps" and _torch_version() < MPS_NEEDS:
+    if chosen.type == "mps" and torch_version() < MPS_NEEDS:
         raise UserError(
             f"--device {device}: torch {torch.__version__} has errors in its attention on Apple's GPUs: "
             "pip install torch==2.13.0, or --device cpu"
@@ -307,48 +313,13 @@ def pick_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
     return torch.float32
 
 
-def _torch_version() -> tuple[int, ...]:
+def torch_version() -> tuple[int, ...]:
+    """Major and minor version: "2.13.0+cpu" -> (2, 13)."""
     return tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def _macos_version() -> tuple[int, ...]:
     return tuple(map(int, platform.mac_ver()[0].split(".")[:2]))
-
-
-def compiles_by_default(device: str) -> bool:
-    """Whether --compile is on by default for this --device: on CUDA, where it can work."""
-    return _is_on_cuda(device) and _why_not_compile(device) == ""
-
-
-def check_compile(compiled: bool, device: str) -> None:
-    """Raise UserError if --compile cannot work on this --device."""
-    if compiled and _is_on_cuda(device) and (reason := _why_not_compile(device)):
-        raise UserError(f"--compile: {reason}")
-
-
-def _why_not_compile(device: str) -> str:
-    """What stands in the way of torch.compile on this --device, and what to do; empty if nothing does."""
-    if not _has_triton():
-        return (
-            "needs Triton, which comes with torch on Linux only: --no-compile, or on Windows use WSL, or "
-            "pip install triton-windows"
-        )
-    index = device.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")
-    if not index.isdigit() or int(index) >= torch.cuda.device_count():
-        return ""  # no such device: an error of its own, later
-    capability = torch.cuda.get_device_capability(int(index))
-    if torch.version.hip is None and capability < TRITON_NEEDS:  # ROCm has other numbers
-        have = f"sm_{capability[0]}{capability[1]}"
-        return f"needs a GPU of sm_70 (V100) or newer, and this one is {have}: --no-compile"
-    return ""
-
-
-def _is_on_cuda(device: str) -> bool:
-    return device.startswith(("auto", "cuda")) and torch.cuda.is_available()
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> set[str]:

@@ -1,6 +1,8 @@
 """bench.py at toy size, and the plan's formulas against known figures."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,39 @@ def test_two_settings_are_compared_in_turn() -> None:
 def test_settings_to_compare_that_are_none(text: str) -> None:
     with pytest.raises(UserError):
         bench.override(bench.Settings(), text)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "fine"),
+    [
+        ((4.0, 1.5, 1.0), True),
+        ((math.nan, 1.5, 1.0), False),
+        ((4.0, math.inf, 1.0), False),
+        ((4.0, math.inf, 2.0**15), True),  # in fp16: skipped, and the next has half the scale
+        ((math.inf, 1.5, 2.0**15), False),
+    ],
+)
+def test_steps_that_are_not_finite_are_not_timed(
+    numbers: tuple[float, float, float], fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numbers: the loss, the gradient's norm and the scale of the second of three steps."""
+    coming = iter([(4.0, 1.5, 1.0), numbers, (4.0, 1.5, 1.0)])
+
+    def update(run: object, batches: Iterator) -> torch.Tensor:
+        loss, grad_norm, scale = next(coming)
+        next(batches)
+        for part in ("forward", "backward"):
+            run.train_model.watch.mark(part)
+        return torch.tensor([loss, grad_norm, 0, 0, 0, scale])
+
+    monkeypatch.setattr(train_gpt2, "update", update)
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "sequence_length": T}
+    s = bench.Settings(preset="demo", **shape, device="cpu", dtype="float32", steps=2, warmup=1)
+    if fine:
+        assert bench.measure(s)["tokens_per_sec"] > 0
+        return
+    with pytest.raises(UserError, match="not finite"):
+        bench.measure(s)
 
 
 def test_bench_times_the_training_scripts_own_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, run_script, write_shard
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -25,6 +27,7 @@ import train_gpt2
 from pre_tokens.shards import write_manifest
 from settings import PRESETS, read_settings
 from support.cli import UserError
+from support.runtime import Runtime
 
 SMALL = {"n_layer": 1, "n_head": 1, "n_embd": 16, "sequence_length": 16}
 PEER = """
@@ -108,6 +111,37 @@ def test_peak_rates_are_rates(part: Part) -> None:
     rt = gpu_parts.runtime.start("cpu", "float32")
     found = gpu_parts.peak_rates(rt, tiny=True)
     assert 0 < found["product_tflops"] < 100 and 0 < found["copy_gb_per_sec"] < 10_000
+
+
+def test_the_peak_is_of_the_precision_that_is_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 on a T4, which has no bf16."""
+    seen, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(a.dtype) or mm(a, b, out=out))
+    for dtype in (torch.float16, torch.bfloat16):
+        found = gpu_parts.peak_rates(Runtime(torch.device("cpu"), dtype), tiny=True)
+        assert set(seen) == {dtype} and found["product_dtype"] == str(dtype)[6:]
+        seen.clear()
+
+
+def test_figures_of_a_run_that_diverged_are_a_failure(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its times, nor a comparison with its losses."""
+    validate = train_gpt2.validate
+    monkeypatch.setattr(train_gpt2, "validate", lambda run: validate(run) * math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        gpu_runs.costs(part)
+    monkeypatch.setattr(train_gpt2, "validate", lambda run: (_ for _ in ()).throw(UserError("no memory")))
+    with pytest.raises(UserError, match="validation: no memory"):
+        gpu_runs.costs(part)
+    monkeypatch.setattr(train_gpt2, "validate", validate)
+    monkeypatch.setattr(gpu_runs, "train_records", lambda path: {1: {"loss": None}})
+    with pytest.raises(UserError, match="not finite"):
+        gpu_runs.compare_losses(part, {}, 1)
+    monkeypatch.setattr(peers, "step", lambda *_: math.nan)
+    monkeypatch.setattr(peers, "load", lambda folder: None)
+    monkeypatch.setattr(peers, "build", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(peers, "optimizer_of", lambda *_: None)
+    with pytest.raises(UserError, match="not finite"):
+        peers.speed(Path("peer"), part.bench(micro_batch_size=1))
 
 
 def test_a_peer_trained_from_the_same_weights_on_the_same_batches(part: Part, tmp_path: Path) -> None:

@@ -242,45 +242,6 @@ def test_several_gpus_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime.start("auto", "float16")
 
 
-@pytest.mark.parametrize(
-    ("triton", "capability", "problem"),
-    [
-        (True, (7, 0), ""),
-        (False, (8, 0), "needs Triton.*--no-compile"),
-        (True, (6, 0), "needs a GPU of sm_70 .V100. or newer, and this one is sm_60: --no-compile"),  # P100
-    ],
-)
-def test_where_a_gpu_can_not_be_compiled_for(
-    triton: bool, capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (capability, (8, 9))[index])
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object() if triton else None)
-    s = settings.read_settings(["--preset", "gpt2-124m"])
-    assert s.compile == (not problem) and not settings.read_settings(["--device", "cpu"]).compile
-    assert settings.read_settings(["--device", "cuda:1"]).compile == triton
-    settings.check_settings(s, 1)
-    asked = settings.read_settings(["--compile"])
-    settings.check_settings(settings.read_settings(["--compile", "--device", "cpu"]), 1)
-    if not problem:
-        settings.check_settings(asked, 1)
-        return
-    for check in (
-        lambda: settings.check_settings(asked, 1),
-        lambda: bench.check_settings(bench.Settings(compile=True)),
-    ):
-        with pytest.raises(UserError, match=f"--compile: {problem}"):
-            check()
-
-
-def test_what_trains_on_a_cpu_is_not_compiled_for_the_gpu_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "compiles_by_default", lambda device: device != "cpu")
-    assert not settings.read_settings(["--preset", "demo"]).compile
-    assert settings.read_settings(["--preset", "demo", "--device", "cuda"]).compile
-    assert settings.read_settings(["--preset", "rehearsal"]).compile
-
-
 def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, command, environment, posix
+from helpers import ROOT, command, environment, posix, torchruns_variables
 
 import hellaswag
 import optim
@@ -55,6 +55,71 @@ def test_cuda_gets_bf16_where_it_is_native(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert runtime.pick_dtype(torch.device("cuda"), "auto") == dtype
     assert runtime.pick_dtype(torch.device("mps"), "auto") == torch.float32
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with an A100 and a T4; torch answers for the current one."""
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device.index))
+    properties = (SimpleNamespace(major=8, minor=0), SimpleNamespace(major=7, minor=5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties[device])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(driver, "check_architecture", lambda device: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda:0", torch.bfloat16), ("cuda:1", torch.float16)])
+def test_the_precision_is_that_of_the_own_gpu(
+    device: str, dtype: torch.dtype, two_gpus: pytest.MonkeyPatch
+) -> None:
+    rt = runtime.start(device, "auto")
+    assert (rt.device, rt.dtype) == (torch.device(device), dtype)
+    assert runtime.start(device, "bfloat16").dtype == torch.bfloat16
+
+
+def test_a_process_of_a_second_machine(two_gpus: pytest.MonkeyPatch) -> None:
+    """Its GPU is that of its rank on the machine; and with an A100 it trains as the T4 beside it does."""
+    joined: list[dict[str, object]] = []
+    two_gpus.setattr(dist, "is_nccl_available", lambda: True)
+    two_gpus.setattr(dist, "init_process_group", lambda backend, **options: joined.append(options))
+    two_gpus.setattr(Runtime, "highest", lambda rt, *numbers: [max(number, 1) for number in numbers])
+    for local_rank in (0, 1):
+        for name, value in {
+            **torchruns_variables(4),
+            "RANK": 2 + local_rank,
+            "LOCAL_RANK": local_rank,
+        }.items():
+            two_gpus.setenv(name, str(value))
+        rt = runtime.start("auto", "auto")
+        assert (rt.device.index, rt.rank, rt.local_rank, rt.world_size) == (
+            local_rank,
+            2 + local_rank,
+            local_rank,
+            4,
+        )
+        assert rt.dtype == torch.float16
+        assert joined[-1]["rank"] == 2 + local_rank and joined[-1]["device_id"] == rt.device
+        assert runtime.start("auto", "bfloat16").dtype == torch.bfloat16
+
+
+def test_a_group_is_left_once_its_result_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU an all-reduce is under way when the call returns, and its end is what reading waits for."""
+    events = []
+
+    class Pending:
+        def item(self) -> int:
+            events.append("read")
+            return 0
+
+    monkeypatch.setattr(dist, "new_group", lambda timeout: "group")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: events.append(f"left {group}"))
+    monkeypatch.setattr(Runtime, "all_reduce", lambda rt, flag, op, group: Pending())
+    assert Runtime(CPU, torch.float32, world_size=2).run_on_some(True, lambda: 5, fetches=True) == 5
+    assert events == ["read", "left group"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -348,6 +413,48 @@ def test_processes_are_patient_only_while_data_is_fetched(tmp_path: Path) -> Non
     assert done.returncode != 0 and "fetched" in done.stdout and "never" not in done.stdout
     assert time.monotonic() - begin < 60
     assert "timed out" in done.stderr.lower() or "timeout" in done.stderr.lower(), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("version", "T", "dropout", "enabled"),
+    [
+        ("2.9.1+cu128", 192, 0.0, False),  # its backward may read beyond its memory
+        ("2.9.1+cu128", 1024, 0.0, True),
+        ("2.10.0", 192, 0.0, True),
+        ("2.11.0+cu130", 1024, 0.1, False),  # its dropout has a rate of 1/16
+        ("2.12.0", 1024, 0.1, True),
+        ("2.13.0", 192, 0.0, True),
+    ],
+)
+def test_training_keeps_away_from_faulty_attention(
+    version: str, T: int, dropout: float, enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the search for the micro-batch, and when bench.py times what training would do."""
+    seen = []
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(
+        hardware, "largest_micro_batch", lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or 1
+    )
+    shape = {
+        "n_layer": 1,
+        "n_head": 1,
+        "n_embd": 8,
+        "block_size": T,
+        "sequence_length": T,
+        "dropout": dropout,
+    }
+    s = dataclasses.replace(PRESETS["demo"], **shape, total_batch_size=T, device="cpu", dtype="float32")
+    monkeypatch.setattr(run_folder, "check", lambda s: None)
+    monkeypatch.setattr(train_gpt2, "prepare_data", lambda s: None)
+    monkeypatch.setattr(train_gpt2.shards, "find_shards", lambda *_: {"train": [], "val": []})
+    monkeypatch.setattr(train_gpt2, "TokenStream", lambda *_: None)
+    monkeypatch.setattr(optim, "build_optimizers", lambda *_: (_ for _ in ()).throw(UserError("got there")))
+    try:
+        with pytest.raises(UserError, match="got there"):
+            train_gpt2.train(s)
+        assert seen == [enabled]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_sampling_and_hellaswag_do_not_use_cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,9 @@ def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, max_steps:
     )
     seconds = {"validation": 100.0, "HellaSwag": 1000.0, "samples": 7.0}
     record = metrics.Metrics(tmp_path / "metrics.jsonl", silent=True)
-    progress = Progress(s, Runtime(torch.device("cpu"), torch.float32), record, 1.0, None, seconds)
+    progress = Progress(
+        s, Runtime(torch.device("cpu"), torch.float32), record, checkpoint.Writer(), 1.0, None, seconds
+    )
     progress.durations.extend([2.0, 4.0])
     for done in range(max_steps):
         left = 0.0
@@ -288,8 +290,19 @@ def test_a_bad_step_is_left_out_and_recorded(train: Train, monkeypatch: pytest.M
 
 def test_bad_steps_in_a_row_end_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {3, 4, 5, 6})
-    with pytest.raises(UserError, match=r"step 5: .*--max-bad-steps 3 .*step_000002"):
+    save = checkpoint.save
+    # A checkpoint that takes longer to write than the bad steps is waited for.
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **options: time.sleep(1) or save(*args, **options))
+    with pytest.raises(UserError, match=r"step 5: .*--max-bad-steps 3 .*step_000002; lower --learning-rate$"):
         train(micro_batch_size=8, max_bad_steps=3)
+
+
+def test_on_a_gpu_its_attention_is_suspected_too(tmp_path: Path) -> None:
+    s = dataclasses.replace(PRESETS["demo"], max_bad_steps=1)
+    record = metrics.Metrics(tmp_path / "metrics.jsonl", silent=True)
+    rt = Runtime(torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(UserError, match=r"learning-rate, or set TORCH_CUDNN_SDPA_DEPRIORITIZED=1$"):
+        Progress(s, rt, record, checkpoint.Writer(), 1.0, None, {})._watch(3, math.nan, 1.0, 1.0)
 
 
 def test_a_run_that_diverged_continues_at_a_sane_rate(train: Train) -> None:

@@ -44,7 +44,7 @@ import planted  # noqa: E402
 import train_gpt2  # noqa: E402
 from model import GPT  # noqa: E402
 from settings import read_settings  # noqa: E402
-from support import runtime  # noqa: E402
+from support import compiler  # noqa: E402
 
 # The rehearsal, as short as it can be with every part in it: steps 1 and 2 follow each other without a pause.
 FLAGS = (  # noqa: SIM905
@@ -100,7 +100,8 @@ class Training:
             mock.patch.dict(os.environ, TORCHRUNS_VARIABLES, WORLD_SIZE=str(self.case.processes)),
             mock.patch.object(train_gpt2, "update", self.update),
             mock.patch.object(GPT, "generate", self.generate_few()),
-            mock.patch.object(runtime, "_has_triton", lambda: True),  # fake_compile.py needs none
+            # fake_compile.py needs neither Triton nor a compiler.
+            mock.patch.multiple(compiler, _has_triton=lambda: True, try_out=lambda rt: None),
             planted.FAULTS[self.case.plant](),
             self.graphs,
             fake_device.device(self.recorder),
