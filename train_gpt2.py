@@ -107,12 +107,14 @@ def set_up(s: Settings, rt: Runtime) -> Run:
         refuse_long_run(s, model.config, rt)
     with clock("data"):
         rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
-        data = shards.find_shards(s.data_dir, s.num_shards)
+        data = rt.run_on_some(True, lambda: shards.find_shards(s.data_dir, s.num_shards))
         train_stream = TokenStream(data["train"], s.sequence_length, s.seed, s.shuffle)
         val_stream = TokenStream(data["val"], s.sequence_length)
+        if not rt.agree(int(train_stream.fingerprint(), 16) >> 1):  # to 63 bits
+            raise UserError(f"--data-dir {s.data_dir}: not the same shards on every machine: copy them over")
         examples, problem = [], ""
         if s.hellaswag_interval:  # a file that is damaged later must not end a restart loop
-            begun = s.resume and len(checkpoint.folders(s.out_dir)) > 0
+            begun = rt.on_any(s.resume and len(checkpoint.folders(s.out_dir)) > 0)
             examples, problem = hellaswag.prepare(s.hellaswag_data, rt, required=not begun)
 
     examples = hellaswag.truncate_contexts(examples, model.config.block_size)
@@ -133,7 +135,8 @@ def set_up(s: Settings, rt: Runtime) -> Run:
     identity = checkpoint.identity(s, model.config, train_stream.fingerprint())
     if steps_done:
         folder = checkpoint.folder_of(s.out_dir, steps_done)
-        clock.add(checkpoint.restore(folder, model, optimizers, scaler, identity))
+        earlier = lambda: checkpoint.restore(folder, model, optimizers, scaler, identity)  # noqa: E731
+        clock.add(rt.run_on_some(True, earlier))
     if steps_done > s.max_steps:
         raise UserError(
             f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {steps_done} steps"

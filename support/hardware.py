@@ -92,8 +92,8 @@ def attention_backend(
 ) -> str:
     """The kernel that scaled_dot_product_attention picks for these shapes: flash, cudnn, efficient, math.
 
-    torch decides by device, precision and version: on H100 and B200 cuDNN with torch 2.9, flash with 2.10 (its
-    FlashAttention 2), cuDNN again from 2.11 on; on other GPUs flash from Ampere on, and efficient before. On
+    torch decides by device, precision and version: on H100 and B200 cuDNN with torch 2.9, flash with 2.10,
+    cuDNN again from 2.11 on; on other GPUs flash (FlashAttention 2) from Ampere on, and efficient before. On
     CPUs flash, with dropout math, which stores the probabilities.
     """
     if rt.device.type not in ("cpu", "cuda"):

@@ -99,6 +99,11 @@ class Runtime:
         """The highest of each of the numbers on any process."""
         return self.all_reduce(torch.tensor(numbers, device=self.device, dtype=torch.int64), "MAX").tolist()
 
+    def agree(self, number: int) -> bool:
+        """Whether the number is the same on all processes."""
+        highest, negative_lowest = self.highest(number, -number)
+        return highest == -negative_lowest
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.all_reduce(torch.zeros((), device=self.device))

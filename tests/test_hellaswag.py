@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from helpers import TINY, T, as_flags, history, run_script
+from helpers import history, run_script
 from loopback_hub import TOKEN, LoopbackHub
 
 import hellaswag
@@ -485,17 +485,3 @@ def test_training_records_hellaswag(train: Callable[..., Path], tmp_path: Path) 
     assert history(baseline, ("hellaswag",)) == [{**records[-1], "step": 0}]
     # It leaves no trace in the training itself.
     assert history(train("without")) == history(run)
-
-
-@pytest.mark.slow
-def test_two_processes_record_the_same_hellaswag(data_dir: Path, tmp_path: Path) -> None:
-    flags = {"data_dir": data_dir, "hellaswag_interval": 2, "hellaswag_data": short_file(tmp_path)}
-    found = []
-    for nproc in (0, 2):
-        out = tmp_path / f"run{nproc}"
-        values = {**TINY, **flags, "out_dir": out, "max_steps": 2, "sequence_length": T}
-        done = run_script("train_gpt2.py", "--preset", "demo", *as_flags(values), nproc=nproc)
-        assert done.returncode == 0, done.stderr
-        found.append(history(out, ("hellaswag",)))
-    assert found[0] == found[1]
-    assert len(found[0]) == 2

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, TINY, as_flags, history, run_script
+from helpers import TINY, history
 
 import hellaswag
 import plot_loss
@@ -333,63 +333,6 @@ def test_a_hellaswag_file_damaged_during_the_run(train: Train, tmp_path: Path) -
     assert [r["step"] for r in history(run, kinds=("train",))] == [1, 2, 3, 4]
     [event] = events(run, "evaluation failed")
     assert event["what"] == "HellaSwag" and "line 1 is not" in event["reason"]
-
-
-# The failure is on one process only; and only rank 0 knows when a checkpoint is overdue.
-FAILS_ON_RANK_1 = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_gpt2
-from support import cli
-validate, calls = train_gpt2.validate, iter(range(100))
-def fail(run):
-    if next(calls) == 1 and os.environ["RANK"] == "1":
-        raise MemoryError("too much")
-    return validate(run)
-train_gpt2.validate = fail
-if __name__ == "__main__":
-    cli.run(train_gpt2.main)
-"""
-
-
-SIGNAL_ON_RANK_1 = FAILS_ON_RANK_1.replace('raise MemoryError("too much")', "run.rt.stop.number = 2")
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_in_an_evaluation(
-    train: Train, data_dir: Path, tmp_path: Path
-) -> None:
-    whole = train("whole")
-    (tmp_path / "stopping.py").write_text(SIGNAL_ON_RANK_1)
-    flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": tmp_path / "two", "checkpoint_interval": 0})
-    done = run_script(str(tmp_path / "stopping.py"), "--preset", "demo", *flags, nproc=2)
-    assert "stopped by SIGINT after step 2" in done.stdout and done.returncode
-    run = tmp_path / "two"
-    assert [(r["kind"], r["step"]) for r in history(run)] == [("val", 0), ("train", 1), ("train", 2)]
-    assert steps_kept(run) == [2]
-    train("two", resume=True)
-    assert [r["loss"] for r in history(run)] == pytest.approx([r["loss"] for r in history(whole)], abs=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_agree(train: Train, data_dir: Path, tmp_path: Path) -> None:
-    whole = train("whole")
-    (tmp_path / "failing.py").write_text(FAILS_ON_RANK_1)
-    values = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "two", "keep_checkpoints": 9}
-    flags = as_flags({**values, "checkpoint_interval": 0, "checkpoint_minutes": 1e-9})
-    done = run_script(str(tmp_path / "failing.py"), "--preset", "demo", *flags, nproc=2)
-    assert done.returncode == 0, done.stderr
-    assert "step 2, process 1: validation: MemoryError: too much" in done.stderr
-    run = tmp_path / "two"
-    [event] = events(run, "evaluation failed")
-    assert (event["step"], event["what"], event["reason"]) == (2, "validation", "on another process")
-    losses = {r["step"]: r["loss"] for r in history(whole, kinds=("val",))}
-    del losses[2]
-    assert {r["step"]: r["loss"] for r in history(run, kinds=("val",))} == pytest.approx(losses, abs=1e-5)
-    for key in ("step", "loss"):
-        ours, theirs = ([r[key] for r in history(path, kinds=("train",))] for path in (run, whole))
-        assert ours == pytest.approx(theirs, abs=1e-5)
-    assert steps_kept(run) == [1, 2, 3, 4, 5, 6]
 
 
 # ---------------------------------------------------------------- checkpoints by time

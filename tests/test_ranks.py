@@ -1,0 +1,273 @@
+"""Where one process of several differs from the others, all must come to the same decision."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import TINY, T, history
+from ranks import Rank, together
+from test_runtime import Machine
+
+import train_gpt2
+from settings import PRESETS
+from support import checkpoint, hardware, runtime, stop_signal
+from support.cli import UserError
+
+Train = Callable[..., Path]
+EXAMPLE = {
+    "ctx": "a b",
+    "endings": ["c", "d", "e", "f"],
+    "label": 0,
+    "activity_label": "",
+    "ctx_a": "",
+    "ctx_b": "",
+}
+
+
+@pytest.fixture
+def train_together(
+    tmp_path: Path, data_dir: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[object]]:
+    """train_together(differs, **settings) trains with two ranks into tmp_path / "two"; how each ended.
+
+    differs(rank, settings): the settings of a rank.
+    """
+    own = threading.local()
+    values = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "two", "micro_batch_size": 1}
+
+    def run(differs: Callable[..., train_gpt2.Settings] | None = None, **changes: object) -> list[object]:
+        s = dataclasses.replace(PRESETS["demo"], **{**values, **changes})
+
+        def one(rank: Rank) -> int:
+            own.rank = rank
+            return train_gpt2.train(differs(rank.rank, s) if differs else s)
+
+        build, one_at_a_time = train_gpt2.build_model, threading.Lock()  # they share torch's generator
+
+        def build_model(*args: object) -> train_gpt2.GPT:
+            with one_at_a_time:
+                return build(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt2, "build_model", build_model)
+            patch.setattr(runtime, "world_size", lambda: 2)
+            patch.setattr(runtime, "start", lambda device, dtype: own.rank)
+            patch.setattr(stop_signal.StopSignal, "listen", lambda stop, announce, agent: None)
+            patch.setattr(dist, "new_group", lambda timeout: None)
+            return together(one)
+
+    return run
+
+
+def on_rank_1(monkeypatch: pytest.MonkeyPatch, room: object, name: str, call: int, work: Callable) -> None:
+    """Do something on rank 1 before the given call (0: the first) there of `room.name(run)`."""
+    real, calls = getattr(room, name), iter(range(1000))
+
+    def spied(run: object, *args: object) -> object:
+        if run.rt.rank == 1 and next(calls) == call:
+            work(run)
+        return real(run, *args)
+
+    monkeypatch.setattr(room, name, spied)
+
+
+def losses(run: Path, kinds: tuple[str, ...] = ("train", "val")) -> dict[tuple[int, str], object]:
+    return {(r["step"], r["kind"]): r["loss"] for r in history(run, kinds)}
+
+
+def names_of_steps(run: Path) -> list[int]:
+    return sorted(map(checkpoint.step_of, checkpoint.folders(run)))
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_ranks_train_as_one_does(
+    train: Train, train_together: Callable, tmp_path: Path, optimizer: str
+) -> None:
+    whole = train(optimizer=optimizer)
+    assert train_together(optimizer=optimizer) == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole), abs=1e-5)
+    assert names_of_steps(tmp_path / "two") == names_of_steps(whole)
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["hardware"]["processes"] == 2
+
+
+def test_a_failure_on_one_rank_and_an_overdue_checkpoint_on_another(
+    train: Train, train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """Only rank 0 knows when a checkpoint is overdue: here after each step."""
+    expected = losses(train())
+
+    def fail(run: train_gpt2.Run) -> None:
+        raise MemoryError("too much")
+
+    on_rank_1(monkeypatch, train_gpt2, "validate", 1, fail)
+    often = {"checkpoint_interval": 0, "checkpoint_minutes": 1e-9, "keep_checkpoints": 9}
+    assert train_together(**often) == [0, 0]
+    run = tmp_path / "two"
+    assert "step 2, process 1: validation: MemoryError: too much" in capsys.readouterr().err
+    [event] = [r for r in history(run, kinds=("event",)) if r["name"] == "evaluation failed"]
+    assert (event["step"], event["what"], event["reason"]) == (2, "validation", "on another process")
+    del expected[2, "val"]
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+    assert names_of_steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("place", "last"), [("validate", 2), ("update", 4)])
+def test_a_signal_to_one_rank(
+    train: Train, train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str,
+    last: int, number: int,
+) -> None:  # fmt: skip
+    """In the validation of step 2, or within step 4: both end there; a resume goes on as if undisturbed."""
+    expected = losses(train())
+    with monkeypatch.context() as patch:
+        call = {"validate": 1, "update": 3}[place]
+        on_rank_1(patch, train_gpt2, place, call, lambda run: setattr(run.rt.stop, "number", number))
+        assert train_together(checkpoint_interval=0) == [128 + number] * 2
+    run = tmp_path / "two"
+    assert names_of_steps(run) == [last]
+    assert [r["step"] for r in history(run, kinds=("train",))] == list(range(1, last + 1))
+    assert train_together(resume=True) == [0, 0]
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+
+
+def test_patience_runs_out_on_all_ranks(
+    train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only rank 0 has the record."""
+    share = lambda run: torch.tensor([9.0, 5.0, 6.0, 7.0][run.rt.stop.times], dtype=torch.float64)  # noqa: E731
+
+    def validate(run: train_gpt2.Run) -> torch.Tensor:
+        found = share(run) / 2
+        run.rt.stop.times += 1  # counts the validations of this rank
+        return found
+
+    monkeypatch.setattr(train_gpt2, "validate", validate)
+    assert train_together(patience=2, val_interval=1) == [0, 0]
+    assert [r["loss"] for r in history(tmp_path / "two", kinds=("val",))] == [9, 5, 6, 7]
+    assert names_of_steps(tmp_path / "two")[-1] == 3
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged", "other"])
+def test_a_machine_with_faulty_data_ends_the_run_on_all(
+    train_together: Callable, data_dir: Path, tmp_path: Path, fault: str
+) -> None:
+    own = tmp_path / "own"
+    if fault != "missing":
+        shutil.copytree(data_dir, own)
+        [shard] = own.glob("*_train_000003.npy")
+        shard.write_bytes(b"x") if fault == "damaged" else shard.unlink()
+
+    def differs(rank: int, s: train_gpt2.Settings) -> train_gpt2.Settings:
+        return s if rank == 0 else dataclasses.replace(s, data_dir=own)
+
+    ends = train_together(differs)
+    assert all(isinstance(end, UserError) for end in ends), ends
+    assert {"missing": "no such folder", "damaged": "000003", "other": "not the same shards"}[fault] in str(
+        ends[1]
+    )
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_machine_without_the_checkpoint_ends_the_resume_on_all(
+    train: Train, train_together: Callable, tmp_path: Path
+) -> None:
+    train("two", max_steps=2)
+
+    def differs(rank: int, s: train_gpt2.Settings) -> train_gpt2.Settings:
+        return s if rank == 0 else dataclasses.replace(s, out_dir=tmp_path / "nowhere")
+
+    first, second = train_together(differs, resume=True)
+    assert str(first) == "another process has reported the error"
+    assert isinstance(second, UserError) and "nowhere" in str(second)
+
+
+# ---------------------------------------------------------------- HellaSwag
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_hellaswag_file_that_one_rank_lacks(
+    train: Train, train_together: Callable, tmp_path: Path, without: int, begun: bool
+) -> None:
+    """A new run ends with an error on both; one that has begun goes on without, on both."""
+    file = tmp_path / "examples.jsonl"
+    file.write_text(json.dumps(EXAMPLE) + "\n")
+    if begun:
+        train("two", max_steps=2)
+
+    def differs(rank: int, s: train_gpt2.Settings) -> train_gpt2.Settings:
+        return dataclasses.replace(s, hellaswag_data=str(file if rank != without else tmp_path / "none"))
+
+    ends = train_together(differs, hellaswag_interval=2, resume=True)
+    if begun:
+        assert ends == [0, 0]
+        assert not history(tmp_path / "two", kinds=("hellaswag",))
+        return
+    assert all(isinstance(end, UserError) for end in ends)
+    assert "none: cannot be read" in str(ends[without])
+    assert not (tmp_path / "two").exists()
+
+
+def test_two_ranks_find_the_score_of_one(train: Train, train_together: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "examples.jsonl"
+    examples = [{**EXAMPLE, "ctx": "a b " + "c " * n, "label": n % 4} for n in range(9)]
+    file.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    with_scores = {"hellaswag_interval": 3, "hellaswag_data": str(file), "sequence_length": T}
+    whole = train(**with_scores)
+    assert train_together(**with_scores) == [0, 0]
+    scores = [history(run, kinds=("hellaswag",)) for run in (whole, tmp_path / "two")]
+    assert scores[0] == scores[1] and [r["step"] for r in scores[0]] == [0, 3, 6]
+
+
+# ---------------------------------------------------------------- the start
+
+
+def test_the_micro_batch_is_what_fits_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search finds 16 here: with 4, or 64, on another one the step has the smaller."""
+    for others, expected in ((4, 4), (64, 16), (0, None)):
+
+        def all_reduce(
+            rt: runtime.Runtime, best: torch.Tensor, op: str, others: int = others
+        ) -> torch.Tensor:
+            return {"MIN": torch.minimum, "MAX": torch.maximum}[op](best, torch.tensor(others))
+
+        with monkeypatch.context() as patch:
+            machine = Machine(patch, 4400, torch.OutOfMemoryError("CUDA out of memory"))
+            patch.setattr(runtime.Runtime, "all_reduce", all_reduce)
+            rt = runtime.Runtime(torch.device("cuda", 0), torch.float32, world_size=2)
+            if expected:
+                assert hardware.largest_micro_batch(machine, 8, 64, 3, "adamw", rt) == expected
+            else:
+                with pytest.raises(UserError, match="not one sequence"):
+                    hardware.largest_micro_batch(machine, 8, 64, 3, "adamw", rt)
+
+
+def test_a_user_error_of_one_rank_is_raised_on_all() -> None:
+    def work(rank: Rank) -> str | None:
+        def fail() -> None:
+            raise UserError(f"rank {rank.rank}")
+
+        return rank.run_on_some(rank.rank == 1, fail)
+
+    first, second, third = together(work, size=3)
+    assert [str(error) for error in (first, third)] == ["another process has reported the error"] * 2
+    assert str(second) == "rank 1"
+
+
+def test_what_the_processes_ask_each_other() -> None:
+    def work(rank: Rank) -> tuple[object, ...]:
+        return rank.on_any(rank.rank == 1), rank.on_any(False), rank.highest(rank.rank, 5 - rank.rank)
+
+    assert together(work) == [(True, False, [1, 5])] * 2
