@@ -364,6 +364,24 @@ def train_quickly(train: Train, monkeypatch: pytest.MonkeyPatch) -> Train:
     return train
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_in_fp16_is_that_in_fp32(train_quickly: Train, optimizer: str) -> None:
+    """Losses, norms of gradients, which are clipped, and weights: the scale has no part in any of them."""
+    small = {**FP16, "optimizer": optimizer, "grad_clip": 0.1, "max_steps": 5, "checkpoint_interval": 5}
+    runs = {name: train_quickly(name, **{**small, "dtype": name}) for name in ("float32", "float16")}
+    exact, found = (history(run, kinds=("train",)) for run in runs.values())
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in exact], abs=2e-3)
+    assert [r["grad_norm"] for r in found] == pytest.approx([r["grad_norm"] for r in exact], rel=1e-2)
+    assert min(r["grad_norm"] for r in exact) > 0.1, "else nothing is clipped"
+    torch.manual_seed(PRESETS["demo"].seed)
+    start = GPT(GPTConfig(T, 50257, 1, 2, 16)).state_dict()
+    weights = [GPT.from_pretrained(checkpoint.folders(run)[0]).state_dict() for run in runs.values()]
+    for name, first in start.items():
+        moves = [own[name] - first for own in weights]
+        # Adam divides by the gradient's size, also of a gradient that is nearly 0.
+        assert (moves[1] - moves[0]).norm() < 0.1 * moves[0].norm(), name
+
+
 def test_an_overflow_in_fp16_is_no_bad_step(train_quickly: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     overflow(monkeypatch, range(2, 5))
     run = train_quickly(**FP16, max_bad_steps=2)

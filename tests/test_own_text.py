@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_tokens import documents_of
 
 import generate
@@ -82,6 +84,24 @@ def test_end_of_text_separates_documents(
     assert read(tmp_path / "a.txt", "\n\n") == text.split("\n\n")
     (tmp_path / "b.txt").write_text("\n\n" + stories[0] + "\n\n")  # without one, nothing is stripped
     assert read(tmp_path / "b.txt") == ["\n\n" + stories[0] + "\n\n"]
+
+
+@given(
+    documents=st.lists(st.text("ab -\n", max_size=12), min_size=1, max_size=6),
+    separator=st.sampled_from(["--", "-", "\n\n", "-- --"]),
+    at_once=st.integers(1, 9),
+)
+def test_a_separator_across_two_reads_is_one(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[str], separator: str, at_once: int
+) -> None:
+    """Wherever a read ends; documents may hold parts of a separator, or begin and end with some."""
+    text = separator.join(documents)
+    file = tmp_path_factory.mktemp("text") / "a.txt"
+    file.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BYTES_READ_AT_ONCE", at_once)
+        patch.setattr(sources, "CHARACTERS_PER_BLOCK", at_once)
+        assert read(file, separator) == text.split(separator)
 
 
 def test_end_of_text_that_stays_in_the_text_is_named(

@@ -17,7 +17,7 @@ from loopback_hub import TOKEN, LoopbackHub
 
 import settings
 import train_gpt2
-from support import checkpoint, push
+from support import checkpoint, push, remote
 from support import hub as hub_module
 from support.cli import UserError
 from support.metrics import Metrics
@@ -265,6 +265,23 @@ def test_two_machines_that_push_the_same_run(hub: LoopbackHub, undisturbed: Path
     assert "another machine has sent step 8" in events(undisturbed, "push failed")[0]["reason"]
 
 
+def test_a_commit_of_another_machine_in_the_last_moment(
+    hub: LoopbackHub, undisturbed: Path, record: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looking at the repository and committing to it: nothing of that machine's is lost."""
+    s = settings_of(undisturbed)
+    pusher, look = push.Pusher(s, push.prepare(s), None), remote.look
+    other = {name.replace("_000006", "_000008"): data for name, data in contents(undisturbed, 6).items()}
+    other["metrics.jsonl"] = (undisturbed / "metrics.jsonl").read_bytes()
+    late = iter([lambda: hub.put(REPO, other)])
+    monkeypatch.setattr(remote, "look", lambda name: (look(name), next(late, lambda: None)())[0])
+    send(pusher, record, undisturbed, 6)
+    pusher.close(record)
+    assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [8]
+    reasons = [event["reason"] for event in events(undisturbed, "push failed")]
+    assert any("another machine has sent step 8" in reason for reason in reasons), reasons
+
+
 # ---------------------------------------------------------------- what is refused at the start
 
 
@@ -328,6 +345,9 @@ def test_a_repository_that_holds_a_run(
     )
     assert hub.repo(REPO).files.items() >= contents(other, 2).items()
     assert check_complete(hub.repo(REPO).files, tmp_path) == [2]
+    third = train("third", push_to_hub=REPO, overwrite=True, max_steps=2, seed=5)  # a checkpoint of that name
+    assert contents(third, 2) != contents(other, 2)
+    assert hub.repo(REPO).files.items() >= contents(third, 2).items()
 
 
 def test_public_and_private(train: Train, hub: LoopbackHub, capsys: pytest.CaptureFixture) -> None:

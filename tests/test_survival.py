@@ -335,6 +335,76 @@ def test_a_hellaswag_file_damaged_during_the_run(train: Train, tmp_path: Path) -
     assert event["what"] == "HellaSwag" and "line 1 is not" in event["reason"]
 
 
+# ---------------------------------------------------------------- numbers that come a step late
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, a step is reported when the next has been enqueued."""
+    start = train_gpt2.Progress.__init__
+
+    def begin(progress: train_gpt2.Progress, *args: object) -> None:
+        start(progress, *args)
+        progress.lag = 1
+
+    monkeypatch.setattr(train_gpt2.Progress, "__init__", begin)
+
+
+@pytest.mark.parametrize("way", ["a signal", "an overdue checkpoint", "patience", "nothing"])
+def test_the_record_goes_as_far_as_the_checkpoint(
+    train: Train, late: None, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Whatever ends the run, or has it saved, in the middle: all steps of each checkpoint are on record."""
+    settings = {"val_interval": 3, "checkpoint_interval": 0, "keep_checkpoints": 9}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 0.0))
+        whole = train("whole", **settings)
+    kept, save, update, calls = {}, train_gpt2.save, train_gpt2.update, iter(range(100))
+
+    def spied(run: train_gpt2.Run, step: int, wait: bool) -> None:
+        kept[step] = [r["step"] for r in history(run.settings.out_dir, kinds=("train",))]
+        save(run, step, wait)
+
+    def signalled(run: train_gpt2.Run, *args: object) -> torch.Tensor:
+        if next(calls) == 3 and way == "a signal":
+            run.rt.stop.number = signal.SIGTERM
+        return update(run, *args)
+
+    monkeypatch.setattr(train_gpt2, "save", spied)
+    monkeypatch.setattr(train_gpt2, "update", signalled)
+    if way == "an overdue checkpoint":
+        settings |= {"checkpoint_minutes": 1e-9}
+    if way == "patience":
+        set_losses(monkeypatch, [1.0, 2.0, 3.0])
+        settings |= {"patience": 1}
+    run = train(**settings)
+    assert kept == {step: list(range(1, step + 1)) for step in kept}
+    assert steps_kept(run) == sorted(kept)
+    ends = {"a signal": [5], "patience": [3], "nothing": [6]}
+    assert way not in ends or sorted(kept) == ends[way]
+    assert way != "an overdue checkpoint" or len(kept) >= 3
+    if way in ("a signal", "an overdue checkpoint"):
+        train(**{**settings, "checkpoint_minutes": 0}, resume=True)
+        assert history(run) == history(whole)
+
+
+def test_bad_steps_are_counted_as_they_are_reported(
+    train: Train, late: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = GPT.forward, iter(range(1, 100))
+
+    def spoilt(self: GPT, *args: object) -> tuple[None, torch.Tensor]:
+        logits, loss = forward(self, *args)
+        return logits, loss * float("nan") if loss.requires_grad and next(calls) in (3, 4) else loss
+
+    monkeypatch.setattr(GPT, "forward", spoilt)
+    settings = {"micro_batch_size": 8, "val_interval": 0, "checkpoint_interval": 0}
+    assert [r["step"] for r in events(train("three", max_bad_steps=3, **settings), "bad step")] == [3, 4]
+    calls = iter(range(1, 100))
+    with pytest.raises(UserError, match=r"step 4: .*--max-bad-steps 2"):
+        train("two", max_bad_steps=2, **settings)
+
+
 # ---------------------------------------------------------------- checkpoints by time
 
 

@@ -136,6 +136,20 @@ def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, max_steps:
         assert progress.seconds_left(done) == left
 
 
+@pytest.mark.parametrize("processes", [1, 8])
+def test_mfu_is_a_share_of_all_gpus(tmp_path: Path, processes: int) -> None:
+    """6N + 12·L·d·T FLOPs per token, over the data sheet's rate of all GPUs that shared the tokens."""
+    record = metrics.Metrics(tmp_path / "metrics.jsonl")
+    rt = Runtime(torch.device("cpu"), torch.float32, world_size=processes)
+    progress = Progress(PRESETS["gpt2-124m"], rt, record, checkpoint.Writer(), 855.166464e6, 312e12, {})
+    progress.begin()
+    progress.add(1, 6e-4, torch.tensor([4.0, 1.0, 0, 0, 0, 1]))
+    progress.report(catch_up=True)
+    [step] = metrics.read(tmp_path / "metrics.jsonl")
+    assert step["mfu"] == pytest.approx(855.166464e6 * step["tokens_per_sec"] / (312e12 * processes))
+    assert step["tokens_per_sec"] == pytest.approx(524_288 / step["step_ms"] * 1000)
+
+
 def test_evaluation_is_no_part_of_a_steps_time(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     validate = train_gpt2.validate
     monkeypatch.setattr(train_gpt2, "validate", lambda *args: time.sleep(0.7) or validate(*args))
@@ -172,6 +186,15 @@ def test_resume_starts_afresh_where_there_is_nothing(train: Train, capsys: pytes
     run = train("a", resume=True)
     assert f"{run}: no checkpoint to resume from: starting at step 0" in capsys.readouterr().out
     assert history(run) == history(train("b"))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_record(train: Train) -> None:
+    """Not of step 0 either, whose evaluation is made again."""
+    whole = train("whole")
+    run = train(max_steps=2, checkpoint_interval=0)
+    shutil.rmtree(run / "checkpoints")
+    train(resume=True)
+    assert history(run, ("train", "val", "event")) == history(whole, ("train", "val", "event"))
 
 
 def test_resume_passes_over_a_damaged_checkpoint(train: Train, capsys: pytest.CaptureFixture) -> None:
