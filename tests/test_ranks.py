@@ -124,17 +124,19 @@ def test_a_failure_on_one_rank_and_an_overdue_checkpoint_on_another(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("place", "last"), [("validate", 2), ("update", 4)])
+@pytest.mark.parametrize(
+    ("place", "last", "interval"), [("validate", 2, 0), ("validate", 2, 2), ("update", 4, 0)]
+)
 def test_a_signal_to_one_rank(
     train: Train, train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str,
-    last: int, number: int,
+    last: int, interval: int, number: int,
 ) -> None:  # fmt: skip
     """In the validation of step 2, or within step 4: both end there; a resume goes on as if undisturbed."""
     expected = losses(train())
     with monkeypatch.context() as patch:
         call = {"validate": 1, "update": 3}[place]
         on_rank_1(patch, train_gpt2, place, call, lambda run: setattr(run.rt.stop, "number", number))
-        assert train_together(checkpoint_interval=0) == [128 + number] * 2
+        assert train_together(checkpoint_interval=interval, reload_checkpoints=True) == [128 + number] * 2
     run = tmp_path / "two"
     assert names_of_steps(run) == [last]
     assert [r["step"] for r in history(run, kinds=("train",))] == list(range(1, last + 1))
@@ -180,6 +182,17 @@ def test_a_machine_with_faulty_data_ends_the_run_on_all(
     assert not (tmp_path / "two").exists()
 
 
+def test_each_machine_fetches_its_own_data(
+    train_together: Callable, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(s: train_gpt2.Settings) -> None:
+        shutil.copytree(data_dir, s.data_dir)
+
+    monkeypatch.setattr(train_gpt2, "prepare_data", fetch)
+    own = lambda rank, s: dataclasses.replace(s, data_dir=tmp_path / f"data of {rank}")  # noqa: E731
+    assert train_together(own, max_steps=1) == [0, 0]
+
+
 def test_a_machine_without_the_checkpoint_ends_the_resume_on_all(
     train: Train, train_together: Callable, tmp_path: Path
 ) -> None:
@@ -188,7 +201,9 @@ def test_a_machine_without_the_checkpoint_ends_the_resume_on_all(
     def differs(rank: int, s: train_gpt2.Settings) -> train_gpt2.Settings:
         return s if rank == 0 else dataclasses.replace(s, out_dir=tmp_path / "nowhere")
 
-    first, second = train_together(differs, resume=True)
+    # Nor does its lack make it ask for a HellaSwag file that the others do without.
+    without = {"hellaswag_interval": 2, "hellaswag_data": str(tmp_path / "none")}
+    first, second = train_together(differs, resume=True, **without)
     assert str(first) == "another process has reported the error"
     assert isinstance(second, UserError) and "nowhere" in str(second)
 
