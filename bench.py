@@ -188,13 +188,13 @@ class TimedModel:
 def measure(s: Settings) -> dict[str, object]:
     """Time training steps as the settings say."""
     rt = runtime.start(s.device, s.dtype)
-    if s.compile:
-        compiler.try_out(rt)
     config, T, name = model_config(s)
     padded = hardware.padded_vocab_size(config.vocab_size, rt.device)
     model = GPT(dataclasses.replace(config, padded_vocab_size=padded)).to(rt.device)
     model.recompute = s.recompute
     hardware.avoid_faulty_attention(T, config.dropout)
+    if s.compile:
+        compiler.try_out(rt)
     p = PRESETS[s.preset]
     B = s.micro_batch_size or 1
     if rt.device.type == "cuda" and not s.micro_batch_size:

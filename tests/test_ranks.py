@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from test_runtime import Machine
 
 import train_gpt2
 from settings import PRESETS
-from support import checkpoint, hardware, runtime, stop_signal
+from support import checkpoint, hardware, push, runtime, sampling, stop_signal
 from support.cli import UserError
 
 Train = Callable[..., Path]
@@ -78,8 +79,12 @@ def on_rank_1(monkeypatch: pytest.MonkeyPatch, room: object, name: str, call: in
     monkeypatch.setattr(room, name, spied)
 
 
-def losses(run: Path, kinds: tuple[str, ...] = ("train", "val")) -> dict[tuple[int, str], object]:
-    return {(r["step"], r["kind"]): r["loss"] for r in history(run, kinds)}
+def losses(run: Path) -> dict[tuple[int, str], object]:
+    """By step and kind, each of which is on record once."""
+    records = history(run, kinds=("train", "val"))
+    found = {(r["step"], r["kind"]): r["loss"] for r in records}
+    assert len(found) == len(records)
+    return found
 
 
 def names_of_steps(run: Path) -> list[int]:
@@ -121,6 +126,34 @@ def test_a_failure_on_one_rank_and_an_overdue_checkpoint_on_another(
     del expected[2, "val"]
     assert losses(run) == pytest.approx(expected, abs=1e-5)
     assert names_of_steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_only_the_rank_that_saves_knows_when_a_checkpoint_is_overdue(
+    train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step of rank 0 takes a minute."""
+    minutes, update = [0], train_gpt2.update
+
+    def timed(run: train_gpt2.Run, *args: object) -> torch.Tensor:
+        minutes[0] += run.rt.is_main
+        return update(run, *args)
+
+    monkeypatch.setattr(train_gpt2, "update", timed)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 60.0 * minutes[0]))
+    assert train_together(checkpoint_interval=0, checkpoint_minutes=1.5, keep_checkpoints=9) == [0, 0]
+    assert names_of_steps(tmp_path / "two") == [3, 6]
+
+
+def test_one_rank_alone_pushes_and_draws(
+    train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent, drawn, draw = [], [], sampling.draw_samples
+    monkeypatch.setattr(push.Pusher, "__init__", lambda *args: silent.append(args[-1]))
+    monkeypatch.setattr(push.Pusher, "send", lambda *args: None)
+    monkeypatch.setattr(push.Pusher, "close", lambda *args: None)
+    monkeypatch.setattr(sampling, "draw_samples", lambda *args: drawn.append(1) or draw(*args))
+    assert train_together(max_steps=2) == [0, 0]
+    assert sorted(silent) == [False, True] and len(drawn) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -447,7 +447,7 @@ def test_training_keeps_away_from_faulty_attention(
     monkeypatch.setattr(run_folder, "check", lambda s: None)
     monkeypatch.setattr(train_gpt2, "prepare_data", lambda s: None)
     monkeypatch.setattr(train_gpt2.shards, "find_shards", lambda *_: {"train": [], "val": []})
-    monkeypatch.setattr(train_gpt2, "TokenStream", lambda *_: None)
+    monkeypatch.setattr(train_gpt2, "TokenStream", lambda *_: SimpleNamespace(fingerprint=lambda: "0"))
     monkeypatch.setattr(optim, "build_optimizers", lambda *_: (_ for _ in ()).throw(UserError("got there")))
     try:
         with pytest.raises(UserError, match="got there"):
