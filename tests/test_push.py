@@ -240,6 +240,32 @@ def test_the_newest_and_the_best_are_kept(
     assert [checkpoint.step_of(folder) for folder in checkpoint.folders(undisturbed)] == [6, 2]
 
 
+def test_all_older_checkpoints_go(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
+    """In the commit that adds the newest."""
+    older = {}
+    for step in (1, 2, 3):
+        older |= {k.replace("_000002", f"_{step:06d}"): v for k, v in contents(undisturbed, 2).items()}
+    hub.put(REPO, {**older, "metrics.jsonl": (undisturbed / "metrics.jsonl").read_bytes()})
+    s = settings_of(undisturbed)
+    pusher = push.Pusher(s, push.prepare(s), None)
+    send(pusher, record, undisturbed, 6)
+    pusher.close(record)
+    assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [6]
+
+
+def test_a_commit_whose_answer_is_lost(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
+    """The repository has it; the next attempt finds its own step there, and takes it for no one else's."""
+    s = settings_of(undisturbed)
+    pusher = push.Pusher(s, push.prepare(s), None)
+    hub.fail("/commit/", break_after=0, times=2)
+    for step in (4, 6):
+        send(pusher, record, undisturbed, step)
+        wait_for(lambda: f"Checkpoint after {step} steps" in hub.repo(REPO).titles)  # noqa: B023
+    pusher.close(record)
+    assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [6]
+    assert not [e for e in events(undisturbed, "push failed") if "another machine" in e["reason"]]
+
+
 def test_a_damaged_checkpoint_replaces_nothing(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
     s = settings_of(undisturbed)
     pusher = push.Pusher(s, push.prepare(s), checkpoint.folder_of(undisturbed, 4))

@@ -158,16 +158,16 @@ def test_one_rank_alone_pushes_and_draws(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("place", "last", "interval"), [("validate", 2, 0), ("validate", 2, 2), ("update", 4, 0)]
+    ("place", "last", "interval"), [("validate", 2, 0), ("validate", 2, 2), ("update", 5, 0)]
 )
 def test_a_signal_to_one_rank(
     train: Train, train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str,
     last: int, interval: int, number: int,
 ) -> None:  # fmt: skip
-    """In the validation of step 2, or within step 4: both end there; a resume goes on as if undisturbed."""
+    """In the validation of step 2, or within step 5: both end there; a resume goes on as if undisturbed."""
     expected = losses(train())
     with monkeypatch.context() as patch:
-        call = {"validate": 1, "update": 3}[place]
+        call = {"validate": 1, "update": 4}[place]
         on_rank_1(patch, train_gpt2, place, call, lambda run: setattr(run.rt.stop, "number", number))
         assert train_together(checkpoint_interval=interval, reload_checkpoints=True) == [128 + number] * 2
     run = tmp_path / "two"

@@ -116,6 +116,13 @@ def test_validation_does_not_depend_on_the_micro_batch(train: Train) -> None:
     assert losses[0] == pytest.approx(losses[2], abs=1e-5)
 
 
+def test_at_least_one_sequence_is_validated_on(train: Train) -> None:
+    losses = [
+        [r["loss"] for r in history(train(str(n), val_tokens=n, max_steps=2), ("val",))] for n in (1, T)
+    ]
+    assert losses[0] == losses[1] and None not in losses[0]
+
+
 @pytest.mark.parametrize("max_steps", [20, 21])
 def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, max_steps: int) -> None:
     """Compared with a walk through the steps, in which each evaluation is also due after the last one."""
@@ -180,6 +187,15 @@ def test_resuming_equals_not_stopping(train: Train, optimizer: str) -> None:
                 assert all(torch.equal(state[key], b[parameter][key]) for key in state)
         else:
             assert a.read_bytes() == b.read_bytes()
+
+
+def test_the_times_of_all_parts_of_a_run_add_up(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = train_gpt2.validate
+    monkeypatch.setattr(train_gpt2, "validate", lambda *args: time.sleep(1) or validate(*args))
+    run = train(max_steps=2)  # its checkpoint has the time of step 0's validation
+    monkeypatch.setattr(train_gpt2, "validate", validate)
+    train(max_steps=4, resume=True)
+    assert json.loads((run / "summary.json").read_text())["seconds"]["evaluation"] > 1
 
 
 def test_resume_starts_afresh_where_there_is_nothing(train: Train, capsys: pytest.CaptureFixture) -> None:
