@@ -248,9 +248,12 @@ def test_all_older_checkpoints_go(hub: LoopbackHub, undisturbed: Path, record: M
     hub.put(REPO, {**older, "metrics.jsonl": (undisturbed / "metrics.jsonl").read_bytes()})
     s = settings_of(undisturbed)
     pusher = push.Pusher(s, push.prepare(s), None)
+    with open(undisturbed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "ki')  # a line that is being written
     send(pusher, record, undisturbed, 6)
     pusher.close(record)
     assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [6]
+    assert hub.repo(REPO).files["metrics.jsonl"].endswith(b"}\n")
 
 
 def test_a_commit_whose_answer_is_lost(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
