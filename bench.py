@@ -26,7 +26,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -35,12 +34,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dataloader
-import optim
 import train_gpt2
-from model import GPT, GPTConfig
+from model import GPTConfig
 from pre_tokens.shards import find_shards
-from settings import PRESETS
-from support import cli, compiler, hardware, loss, planning, runtime, tokenizer
+from settings import PRESETS, SHAPE
+from support import cli, compiler, hardware, planning, runtime, tokenizer
 from support.cli import Dtype, UserError, flag
 from support.progress import Stopwatch
 
@@ -189,51 +187,46 @@ def measure(s: Settings) -> dict[str, object]:
     """Time training steps as the settings say."""
     rt = runtime.start(s.device, s.dtype)
     config, T, name = model_config(s)
-    padded = hardware.padded_vocab_size(config.vocab_size, rt.device)
-    model = GPT(dataclasses.replace(config, padded_vocab_size=padded)).to(rt.device)
-    model.recompute = s.recompute
     hardware.avoid_faulty_attention(T, config.dropout)
+    p = PRESETS[s.preset]
+    B = s.micro_batch_size or (0 if rt.device.type == "cuda" else 1)
+    # 0: what fits with as many sequences as training has on one GPU, if that T suits the preset's step.
+    sequences = s.accumulation_steps * B or (64 if p.total_batch_size % T else p.total_batch_size // T)
+    shape = {name: getattr(config, name) for name in SHAPE}
+    training = dataclasses.replace(
+        p, **shape, init_from="scratch", sequence_length=T, total_batch_size=sequences * T,
+        micro_batch_size=B, loss_chunks=s.loss_chunks, optimizer=name, recompute=s.recompute,
+        compile=s.compile,
+    )  # fmt: skip
+    model = train_gpt2.build_model(training, rt.device)
     if s.compile:
         compiler.try_out(rt)
-    p = PRESETS[s.preset]
-    B = s.micro_batch_size or 1
-    if rt.device.type == "cuda" and not s.micro_batch_size:
-        # As in training on one GPU, if that T suits the preset's step.
-        sequences = 64 if p.total_batch_size % T else p.total_batch_size // T
-        B = hardware.largest_micro_batch(model, T, sequences, s.loss_chunks, name, rt)
-    loss_chunks = s.loss_chunks or loss.default_chunks(B * T, rt.device)
-    optimizers = optim.build_optimizers(
-        model, name, p.learning_rate, p.embedding_lr_ratio, p.weight_decay, p.adam_beta2
-    )
+    trainer = train_gpt2.build_trainer(training, rt, model)
+    B, trainer.accumulation_steps = trainer.micro_batch_size, s.accumulation_steps
     watch = Stopwatch(rt.device)
-    optimizers[0].register_step_pre_hook(lambda *_: watch.mark("backward"))
+    trainer.optimizers[0].register_step_pre_hook(lambda *_: watch.mark("backward"))
+    trainer.train_model = TimedModel(trainer.train_model, watch)
     batches = timed(micro_batches(s, B, T, rt.device), watch)
-    # What `update` uses of a run.
-    run = SimpleNamespace(
-        settings=p, rt=rt, model=model, train_model=TimedModel(rt.wrap(model, s.compile)[0], watch),
-        optimizers=optimizers, scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
-        accumulation_steps=s.accumulation_steps, loss_chunks=loss_chunks,
-    )  # fmt: skip
     tokens = s.accumulation_steps * B * T
 
     known = hardware.peak_flops(rt.device, rt.dtype)  # else measured before and after, as machines vary
     peak = known or hardware.measured_flops(rt.device, rt.dtype)
     begin, kernel = time.perf_counter(), KERNELS.get(s.attention)
-    steps: list[Tensor] = []
+    results: list[train_gpt2.StepResult] = []
     with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
         for step in range(s.warmup + s.steps):
             watch.start_lap()
-            steps.append(train_gpt2.update(run, batches))
+            results.append(trainer.step(batches))
             watch.mark("optimizer")
             if s.sync:
-                steps[-1].tolist()
+                results[-1].loss.item()
             if step == s.warmup - 1:
                 rt.synchronize()
                 warmup_seconds = time.perf_counter() - begin
     batches.close()
     laps = watch.seconds()[s.warmup :]
-    for mean_loss, grad_norm, *_, scale in torch.stack(steps).tolist():
-        check_finite(mean_loss, 0.0 if scale > 1 else grad_norm)  # in fp16 the first gradients may overflow
+    for result in results:  # in fp16 the first gradients may overflow
+        check_finite(result.loss.item(), 0.0 if result.scale > 1 else result.grad_norm.item())
     durations = [sum(lap.values()) for lap in laps]
     median = statistics.median(durations)
     peak = known or max(peak, hardware.measured_flops(rt.device, rt.dtype))
@@ -254,7 +247,7 @@ def measure(s: Settings) -> dict[str, object]:
         "warmup_s": warmup_seconds if s.warmup else 0.0,
         "micro_batch_size": B,
         "sequence_length": T,
-        "loss_chunks": loss_chunks,
+        "loss_chunks": trainer.loss_chunks,
         "optimizer": name,
         "compiled": s.compile,
         "hardware": hardware.describe(rt),

@@ -19,8 +19,9 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -55,6 +56,92 @@ from support.metrics import Metrics
 from support.progress import Clock, Progress
 from support.runtime import Runtime
 
+# ---------------------------------------------------------------- one step
+
+
+class StepResult(NamedTuple):
+    """The numbers of an optimizer step, float32 on the device, where they may still be in the making."""
+
+    loss: Tensor  # mean over all processes, of the batch before the update
+    grad_norm: Tensor  # before clipping
+    scale: Tensor  # of the loss in fp16, else 1
+    votes: Tensor  # (3,), not of the step: see Runtime.mean_and_votes
+
+
+@dataclass
+class Trainer:
+    """A model and everything that one training step of it needs."""
+
+    rt: Runtime
+    model: GPT  # the module itself: saved, sampled from, evaluated on HellaSwag
+    train_model: nn.Module  # wrapped by DDP if there are several processes, and compiled
+    eval_model: nn.Module  # compiled
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler  # does nothing except in fp16
+    micro_batch_size: int
+    accumulation_steps: int  # micro-batches per step
+    loss_chunks: int
+    grad_clip: float  # 0: no clipping
+
+    def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> StepResult:
+        """Do one optimizer step on the next micro-batches. Does not wait for the device."""
+        rt, n = self.rt, self.accumulation_steps
+        loss_sum = torch.zeros((), device=rt.device)
+        for micro_step in range(n):
+            x, y = next(batches)
+            # Gradients of micro-batches add up, and the loss of the whole batch is the mean of theirs: hence
+            # loss / n. DDP averages over the processes inside backward(), overlapping with it; no_sync()
+            # leaves that to the last micro-batch.
+            local = rt.world_size > 1 and micro_step < n - 1
+            with self.train_model.no_sync() if local else contextlib.nullcontext():
+                with rt.autocast():
+                    _, loss = self.train_model(x, y, self.loss_chunks)
+                self.scaler.scale(loss / n).backward()
+            loss_sum += loss.detach() / n
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        mean_loss, votes = rt.mean_and_votes(loss_sum)
+        scale = self.scaler.scale(torch.ones_like(loss_sum))
+        # A step that is not finite changes nothing. This is decided on the device.
+        optim.step(self.optimizers, self.scaler, finite=(mean_loss + grad_norm).isfinite().float())
+        return StepResult(mean_loss, grad_norm, scale, votes)
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[tuple[Tensor, Tensor]], n_tokens: int) -> Tensor:
+        """The loss in nats summed over `batches`, divided by `n_tokens`: float64 ().
+
+        If these are the tokens of all processes, the results of all add up to the mean loss.
+        """
+        sums = []
+        for x, y in batches:
+            with self.rt.autocast():
+                _, loss = self.eval_model(x, y, self.loss_chunks)
+            sums.append(loss * (y != -100).sum())
+        total = torch.stack(sums).cpu().double().sum() if sums else torch.zeros((), dtype=torch.float64)
+        share = total / n_tokens
+        return share.to(self.rt.device) if self.rt.world_size > 1 else share  # MPS has no float64
+
+
+def build_trainer(s: Settings, rt: Runtime, model: GPT) -> Trainer:
+    """The trainer of a model that is on the device already, as the settings say."""
+    sequences = s.total_batch_size // s.sequence_length // rt.world_size  # per step and process
+    B = s.micro_batch_size or hardware.largest_micro_batch(
+        model, s.sequence_length, sequences, s.loss_chunks, s.optimizer, rt
+    )
+    optimizers = optim.build_optimizers(
+        model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay, s.adam_beta2
+    )
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    chunks = s.loss_chunks or default_chunks(B * s.sequence_length, rt.device)
+    train_model, eval_model = rt.wrap(model, s.compile)
+    return Trainer(
+        rt, model, train_model, eval_model, optimizers, scaler, B, sequences // B, chunks, s.grad_clip
+    )
+
+
+# ---------------------------------------------------------------- set-up
+
 
 @dataclass
 class Run:
@@ -67,14 +154,7 @@ class Run:
     train_stream: TokenStream
     val_stream: TokenStream
     hellaswag_examples: list[hellaswag.Example]
-    model: GPT  # the module itself: saved, sampled from, evaluated on HellaSwag
-    train_model: nn.Module  # wrapped by DDP if there are several processes, and compiled
-    eval_model: nn.Module  # compiled
-    optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler  # does nothing except in fp16
-    micro_batch_size: int
-    accumulation_steps: int
-    loss_chunks: int
+    trainer: Trainer
     identity: dict[str, object]  # what a resumed run must have in common with this one
     writer: checkpoint.Writer
     attempt: Attempts  # at what may fail without ending the run
@@ -86,9 +166,6 @@ class Run:
     def say(self, step: int, text: str) -> None:
         """Print a line about `step`, on rank 0."""
         self.rt.say(f"step {step}/{self.settings.max_steps} | {text}")
-
-
-# ---------------------------------------------------------------- set-up
 
 
 def set_up(s: Settings, rt: Runtime) -> Run:
@@ -118,14 +195,7 @@ def set_up(s: Settings, rt: Runtime) -> Run:
             examples, problem = hellaswag.prepare(s.hellaswag_data, rt, required=not begun)
 
     examples = hellaswag.truncate_contexts(examples, model.config.block_size)
-    sequences = s.total_batch_size // s.sequence_length // rt.world_size  # per step and process
-    B = s.micro_batch_size or hardware.largest_micro_batch(
-        model, s.sequence_length, sequences, s.loss_chunks, s.optimizer, rt
-    )
-    optimizers = optim.build_optimizers(
-        model, s.optimizer, s.learning_rate, s.embedding_lr_ratio, s.weight_decay, s.adam_beta2
-    )
-    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    trainer = build_trainer(s, rt, model)
 
     # Not before now: a mistake in the settings or the data must not leave a run folder behind.
     claimed = rt.run_on_some(rt.is_main, lambda: run_folder.claim(s))
@@ -135,28 +205,25 @@ def set_up(s: Settings, rt: Runtime) -> Run:
     identity = checkpoint.identity(s, model.config, train_stream.fingerprint())
     if steps_done:
         folder = checkpoint.folder_of(s.out_dir, steps_done)
-        earlier = lambda: checkpoint.restore(folder, model, optimizers, scaler, identity)  # noqa: E731
+        earlier = lambda: checkpoint.restore(folder, model, trainer.optimizers, trainer.scaler, identity)  # noqa: E731
         clock.add(rt.run_on_some(True, earlier))
     if steps_done > s.max_steps:
         raise UserError(
             f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {steps_done} steps"
         )
-    train_model, eval_model = rt.wrap(model, s.compile)
+    B = trainer.micro_batch_size
     facts = {"data": shards.describe(s.data_dir, train_stream.shards), "micro_batch_size": B}
     facts |= {"parameters": model.config.n_parameters, "hardware": hardware.describe(rt)}
     record = run_folder.open_record(s, facts, steps_done, silent=not rt.is_main)
     if problem:
         record.log(steps_done, "event", name="evaluation failed", what="HellaSwag", reason=problem)
     run = Run(
-        settings=s, rt=rt, clock=clock, train_stream=train_stream, val_stream=val_stream, lock=lock,
-        metrics=record, attempt=Attempts(rt, record, steps_done), steps_done=steps_done,
-        hellaswag_examples=examples, model=model, train_model=train_model, eval_model=eval_model,
-        optimizers=optimizers, scaler=scaler, micro_batch_size=B, accumulation_steps=sequences // B,
-        loss_chunks=s.loss_chunks or default_chunks(B * s.sequence_length, rt.device), last_step=s.max_steps,
-        identity=identity, writer=checkpoint.Writer(),
+        settings=s, rt=rt, clock=clock, trainer=trainer, train_stream=train_stream, val_stream=val_stream,
+        lock=lock, metrics=record, attempt=Attempts(rt, record, steps_done), steps_done=steps_done,
+        hellaswag_examples=examples, last_step=s.max_steps, identity=identity, writer=checkpoint.Writer(),
         pusher=push.Pusher(s, hub_state, newest, not rt.is_main),
     )  # fmt: skip
-    report.at_start(s, rt, model.config, len(train_stream), B, run.accumulation_steps, steps_done)
+    report.at_start(s, rt, model.config, len(train_stream), B, trainer.accumulation_steps, steps_done)
     return run
 
 
@@ -223,24 +290,24 @@ def train(s: Settings) -> int:
 
 def run_steps(run: Run) -> int:
     """All optimizer steps that are left, and what is due between them. Returns the exit status."""
-    s, rt = run.settings, run.rt
+    s, rt, trainer = run.settings, run.rt, run.trainer
     rt.stop.listen(announce=rt.is_main, agent=rt.agent)
     batches = dataloader.train_batches(
-        run.train_stream, run.steps_done, s.total_batch_size // s.sequence_length, run.micro_batch_size,
+        run.train_stream, run.steps_done, s.total_batch_size // s.sequence_length, trainer.micro_batch_size,
         rt.rank, rt.world_size, rt.device,
     )  # fmt: skip
     step = run.steps_done
     stopped = evaluate(run, step)  # at a resume only what the record of this step lacks
-    flops_per_token = run.model.config.flops_per_token(s.sequence_length)
+    flops_per_token = trainer.model.config.flops_per_token(s.sequence_length)
     peak_flops = hardware.peak_flops(rt.device, rt.dtype)
     progress = Progress(s, rt, run.metrics, run.writer, flops_per_token, peak_flops, run.attempt.seconds)
     with contextlib.closing(batches), run.clock("training"):
         while step < run.last_step and not stopped:
             step += 1
             progress.begin()
-            lr = optim.set_learning_rates(run.optimizers, step, s)
-            late = rt.is_main and run.writer.is_overdue(s.checkpoint_minutes)
-            progress.add(step, lr, update(run, batches, late))  # nothing waits for the device
+            lr = optim.set_learning_rates(trainer.optimizers, step, s)
+            rt.stop.wants_checkpoint = rt.is_main and run.writer.is_overdue(s.checkpoint_minutes)
+            progress.add(step, lr, trainer.step(batches))  # nothing waits for the device
             last = step == run.last_step
             to_save = last or is_due(step, s.checkpoint_interval, s.val_interval if s.keep_best else 0)
             pause = to_save or is_due(step, s.val_interval, s.hellaswag_interval, s.sample_interval)
@@ -270,38 +337,6 @@ def is_due(step: int, *intervals: int) -> bool:
     return any(interval > 0 and step % interval == 0 for interval in intervals)
 
 
-def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], overdue: bool = False) -> Tensor:
-    """One optimizer step over all micro-batches. Does not wait for the device.
-
-    Returns float32 (6,) on the device: the mean loss over all processes, the gradient norm before clipping,
-    how many processes have received SIGTERM and SIGINT and say that a checkpoint is overdue, and the scale of
-    the loss (1 except in fp16).
-    """
-    rt, n = run.rt, run.accumulation_steps
-    loss_sum = torch.zeros((), device=rt.device)
-    for micro_step in range(n):
-        x, y = next(batches)
-        # The gradients of micro-batches add up, and the loss of the whole batch is the mean of theirs: hence
-        # loss / n. DDP averages over the processes inside backward(), overlapping with it; no_sync() leaves
-        # that to the last micro-batch of the step.
-        local = rt.world_size > 1 and micro_step < n - 1
-        with run.train_model.no_sync() if local else contextlib.nullcontext():
-            with rt.autocast():
-                _, loss = run.train_model(x, y, run.loss_chunks)
-            run.scaler.scale(loss / n).backward()
-        loss_sum += loss.detach() / n
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip or math.inf)
-    # The loss and the flags travel together. full_like fills on the device: a copy would synchronise.
-    flags = (rt.stop.number == signal.SIGTERM, rt.stop.number == signal.SIGINT, overdue)
-    shares = [loss_sum / rt.world_size, *(torch.full_like(loss_sum, flag) for flag in flags)]
-    mean_loss, *counts = rt.all_reduce(torch.stack(shares))
-    scale = run.scaler.scale(torch.ones_like(loss_sum))
-    optim.step(run.optimizers, run.scaler, finite=(mean_loss + grad_norm).isfinite().float())
-    return torch.stack([mean_loss, grad_norm, *counts, scale])
-
-
 # ---------------------------------------------------------------- between steps
 
 
@@ -324,7 +359,9 @@ def evaluate(run: Run, step: int) -> int:
                 run.last_step = step
         if examples and (is_due(step, s.hellaswag_interval) or last):
             # On the module itself: its batches have many shapes, and each would be compiled anew.
-            correct = run.attempt(step, "HellaSwag", lambda: hellaswag.count_correct(run.model, examples, rt))
+            correct = run.attempt(
+                step, "HellaSwag", lambda: hellaswag.count_correct(run.trainer.model, examples, rt)
+            )
             if correct is not None:
                 score = hellaswag.total_score(correct, len(examples), rt)
                 run.say(step, f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}")
@@ -339,7 +376,7 @@ def evaluate(run: Run, step: int) -> int:
 
 def draw_samples(run: Run, step: int, what: str) -> list[str] | None:
     """Samples of the model on rank 0; None elsewhere, and where they fail. what: their name in messages."""
-    work = functools.partial(sampling.draw_samples, run.model, run.settings.seed)
+    work = functools.partial(sampling.draw_samples, run.trainer.model, run.settings.seed)
     return run.attempt(step, what, work, here=run.rt.is_main)
 
 
@@ -354,25 +391,14 @@ def out_of_patience(run: Run, step: int) -> bool:
     return True
 
 
-@torch.no_grad()
 def validate(run: Run) -> Tensor:
-    """The mean loss in nats over the first --val-tokens of the validation shards, as far as this process's
-    share of them goes: float64 (), to be summed over all processes.
-    """
-    s, rt, stream = run.settings, run.rt, run.val_stream
+    """This process's share of the mean loss over the first --val-tokens of validation data: float64 ()."""
+    s, rt, stream, trainer = run.settings, run.rt, run.val_stream, run.trainer
     n_sequences = max(1, min(s.val_tokens // s.sequence_length, len(stream)))
-    sums = []
     batches = dataloader.val_batches(
-        stream, n_sequences, run.micro_batch_size, rt.rank, rt.world_size, rt.device
+        stream, n_sequences, trainer.micro_batch_size, rt.rank, rt.world_size, rt.device
     )
-    for x, y in batches:
-        rt.stop.check()
-        with rt.autocast():
-            _, loss = run.eval_model(x, y, run.loss_chunks)
-        sums.append(loss * (y != -100).sum())
-    total = torch.stack(sums).cpu().double().sum() if sums else torch.zeros((), dtype=torch.float64)
-    share = total / (n_sequences * s.sequence_length)
-    return share.to(rt.device) if rt.world_size > 1 else share  # MPS has no float64
+    return trainer.validate(rt.stop.interrupting(batches), n_sequences * s.sequence_length)
 
 
 def save(run: Run, step: int, wait: bool) -> None:
@@ -381,19 +407,19 @@ def save(run: Run, step: int, wait: bool) -> None:
     With --reload-checkpoints, also load it and continue from what was read. A write that failed is recorded,
     and this one awaited: if it fails too, it raises UserError.
     """
-    s, rt = run.settings, run.rt
+    s, rt, trainer = run.settings, run.rt, run.trainer
     folder = checkpoint.folder_of(s.out_dir, step)
     with run.clock("checkpoints"):
-        optimizer_state = checkpoint.optimizer_state(run.model, run.optimizers)  # on every process
+        optimizer_state = checkpoint.optimizer_state(trainer.model, trainer.optimizers)  # on every process
         if rt.is_main:
             if failure := run.writer.wait():
                 run.say(step, f"warning: {failure}")
                 run.metrics.log(step, "event", name="checkpoint failed", reason=str(failure))
             run.metrics.sync()
             state = {"step": step, "identity": run.identity, "optimizer": optimizer_state}
-            state |= {"scaler": run.scaler.state_dict(), "seconds": run.clock.seconds()}
+            state |= {"scaler": trainer.scaler.state_dict(), "seconds": run.clock.seconds()}
             message = f"step {step}/{s.max_steps} | checkpoint {folder}"
-            snapshot = checkpoint.snapshot(run.model, state)
+            snapshot = checkpoint.snapshot(trainer.model, state)
             best = run_folder.by_validation_loss(s.out_dir)[:1] if s.keep_best else ()
             run.writer.start(s.out_dir, step, snapshot, s.keep_checkpoints, message, spared=best)
             run.pusher.send(run.metrics, step, folder, run.writer.writing)
@@ -401,7 +427,7 @@ def save(run: Run, step: int, wait: bool) -> None:
                 raise failure
         if s.reload_checkpoints:
             rt.barrier()
-            checkpoint.restore(folder, run.model, run.optimizers, run.scaler, run.identity)
+            checkpoint.restore(folder, trainer.model, trainer.optimizers, trainer.scaler, run.identity)
             run.say(step, "checkpoint loaded back")
 
 
@@ -413,7 +439,7 @@ def finish(run: Run, step: int) -> None:
     if rt.is_main:
         if samples:
             files.write_atomically(folder / run_folder.SAMPLES, "\n\n---\n\n".join(samples) + "\n")
-        records, n_parameters = metrics.read(run.metrics.path), run.model.config.n_parameters
+        records, n_parameters = metrics.read(run.metrics.path), run.trainer.model.config.n_parameters
         tokens, seconds, machine = step * s.total_batch_size, run.clock.seconds(), hardware.describe(rt)
         run_folder.write_summary(folder, records, n_parameters, step, tokens, seconds, machine)
         report.at_end(folder, records, samples, figure)

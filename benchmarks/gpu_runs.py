@@ -264,10 +264,16 @@ def costs(part: Part) -> dict[str, float]:
     run = train_gpt2.set_up(s, rt)
     s = run.settings
     batches = dataloader.train_batches(
-        run.train_stream, 0, s.total_batch_size // s.sequence_length, run.micro_batch_size, 0, 1, rt.device
+        run.train_stream,
+        0,
+        s.total_batch_size // s.sequence_length,
+        run.trainer.micro_batch_size,
+        0,
+        1,
+        rt.device,
     )
     with contextlib.closing(batches):
-        train_gpt2.update(run, batches)  # there are checkpoints of optimizer states only after a step
+        run.trainer.step(batches)  # there are checkpoints of optimizer states only after a step
     none = {"val_interval": 0, "hellaswag_interval": 0, "sample_interval": 0}
     found: dict[str, float] = {}
     for number, kind in enumerate(("val", "hellaswag", "sample")):

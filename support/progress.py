@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from support import checkpoint, metrics
 from support.cli import UserError
 from support.runtime import Runtime
+
+if TYPE_CHECKING:
+    from train_gpt2 import StepResult
 
 ACTIVITIES = ("data", "training", "evaluation", "checkpoints")
 
@@ -119,7 +122,7 @@ class EnqueuedStep:
     lr: float
     begin: Mark
     end: Mark
-    numbers: Tensor  # in the host's memory; valid once `end` is reached
+    numbers: Tensor  # of its StepResult, in the host's memory; valid once `end` is reached
 
 
 class Settings(Protocol):
@@ -173,11 +176,9 @@ class Progress:
         """Note that a step begins."""
         self.begun = Mark(self.device)
 
-    def add(self, step: int, lr: float, numbers: Tensor) -> None:
-        """Note a step that has been enqueued, with its learning rate and the numbers it returned.
-
-        numbers: float32 (6,) on the device, from train_gpt2.update.
-        """
+    def add(self, step: int, lr: float, result: "StepResult") -> None:
+        """Note a step that has been enqueued, with its learning rate and result."""
+        numbers = torch.stack([result.loss, result.grad_norm, result.scale, *result.votes])
         if self.device.type == "cuda":
             host = torch.empty_like(numbers, device="cpu", pin_memory=True)
             host.copy_(numbers, non_blocking=True)
@@ -196,7 +197,7 @@ class Progress:
         while len(self.pending) > (0 if catch_up or stop_signal or overdue else self.lag):
             enqueued = self.pending.popleft()
             enqueued.end.wait()
-            loss, grad_norm, terminated, interrupted, late, scale = enqueued.numbers.tolist()
+            loss, grad_norm, scale, terminated, interrupted, late = enqueued.numbers.tolist()
             self._report(enqueued, loss, grad_norm)
             self._watch(enqueued.step, loss, grad_norm, scale)
             received = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0

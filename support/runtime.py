@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import platform
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -90,6 +91,20 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op), group)
         return tensor
+
+    def mean_and_votes(self, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean of a float32 scalar over all processes, and their votes, float32 (3,), both on the device.
+
+        The votes: how many processes have received SIGTERM, or SIGINT, or want a checkpoint. They travel with
+        the number because each all-reduce of its own would cost every step its latency.
+        """
+        flags = (
+            self.stop.number == signal.SIGTERM, self.stop.number == signal.SIGINT, self.stop.wants_checkpoint
+        )  # fmt: skip
+        # full_like fills on the device: a copy would wait for it.
+        shares = [number / self.world_size, *(torch.full_like(number, flag) for flag in flags)]
+        mean, *votes = self.all_reduce(torch.stack(shares))
+        return mean, torch.stack(votes)
 
     def on_any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""

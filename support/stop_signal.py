@@ -5,6 +5,10 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 AGENT_INTERVAL = 1.0  # seconds between looks at whether torchrun is still there
 
@@ -30,6 +34,13 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0  # of the signal that has come
         self.times = 0
+        self.wants_checkpoint = False  # set before a step that all processes should save after
+
+    def interrupting(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items. Raises Stopped between two of them once a signal has come."""
+        for item in items:
+            self.check()
+            yield item
 
     def check(self) -> None:
         """Raise Stopped if a signal has come."""

@@ -11,11 +11,11 @@ import torch
 from helpers import T, run_script
 
 import bench
-import train_gpt2
 from model import GPT, GPTConfig
 from settings import PRESETS
 from support import gpus, hardware, planning
 from support.cli import UserError
+from train_gpt2 import StepResult, Trainer
 
 TOY = ["--preset", "demo", "--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--sequence-length", "16"]
 TOY += ["--device", "cpu", "--dtype", "float32"]
@@ -84,14 +84,13 @@ def test_steps_that_are_not_finite_are_not_timed(
     """numbers: the loss, the gradient's norm and the scale of the second of three steps."""
     coming = iter([(4.0, 1.5, 1.0), numbers, (4.0, 1.5, 1.0)])
 
-    def update(run: object, batches: Iterator) -> torch.Tensor:
-        loss, grad_norm, scale = next(coming)
+    def step(trainer: Trainer, batches: Iterator) -> StepResult:
         next(batches)
         for part in ("forward", "backward"):
-            run.train_model.watch.mark(part)
-        return torch.tensor([loss, grad_norm, 0, 0, 0, scale])
+            trainer.train_model.watch.mark(part)
+        return StepResult(*torch.tensor(next(coming)), votes=torch.zeros(3))
 
-    monkeypatch.setattr(train_gpt2, "update", update)
+    monkeypatch.setattr(Trainer, "step", step)
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "sequence_length": T}
     s = bench.Settings(preset="demo", **shape, device="cpu", dtype="float32", steps=2, warmup=1)
     if fine:
@@ -102,8 +101,8 @@ def test_steps_that_are_not_finite_are_not_timed(
 
 
 def test_bench_times_the_training_scripts_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, update = [], train_gpt2.update
-    monkeypatch.setattr(train_gpt2, "update", lambda *args: steps.append(args) or update(*args))
+    steps, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda *args: steps.append(args) or step(*args))
     s = bench.Settings(
         preset="demo", n_layer=1, n_head=1, n_embd=8, sequence_length=T, device="cpu", dtype="float32",
         steps=2, warmup=1,

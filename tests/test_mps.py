@@ -5,12 +5,10 @@ for MPS, and none may use float64, which MPS lacks.
 """
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,11 +20,10 @@ from torch.utils._pytree import tree_leaves
 import dataloader
 import hellaswag
 import optim
-import train_gpt2
 from model import GPT, GPTConfig
 from pre_tokens import shards
-from settings import PRESETS
 from support import runtime
+from train_gpt2 import Trainer
 
 MPS = torch.device("meta")
 COMPOSITE = {
@@ -106,24 +103,19 @@ def small_model(dropout: float = 0.0) -> GPT:
 def test_a_training_step(optimizer: str, dropout: float, books: Books) -> None:
     model, rt = small_model(dropout), runtime.Runtime(MPS, torch.float32)
     optimizers = optim.build_optimizers(model, optimizer, 1e-3, 1.0, 0.1)
-    run = SimpleNamespace(
-        settings=PRESETS["demo"], rt=rt, model=model, train_model=model, optimizers=optimizers, loss_chunks=2,
-        scaler=torch.amp.GradScaler("mps", enabled=False), accumulation_steps=2,
-    )  # fmt: skip
+    scaler = torch.amp.GradScaler("mps", enabled=False)
+    trainer = Trainer(rt, model, model, model, optimizers, scaler, 2, 2, loss_chunks=2, grad_clip=1.0)
     x = torch.zeros(2, 32, dtype=torch.int64)
     batches = iter([(dataloader._move(x, MPS), dataloader._move(x, MPS))] * 2)
-    train_gpt2.update(run, batches)
+    trainer.step(batches)
     assert {"_fused_adamw_", "_foreach_sub_.List"} & books.operations
 
 
 def test_validation(data_dir: Path, books: Books) -> None:
     stream = dataloader.TokenStream(shards.find_shards(data_dir)["val"], 16)
-    s = dataclasses.replace(PRESETS["demo"], sequence_length=16, val_tokens=160)
     model, rt = small_model(), runtime.Runtime(MPS, torch.float32)
-    run = SimpleNamespace(
-        settings=s, rt=rt, val_stream=stream, micro_batch_size=2, eval_model=model, loss_chunks=1
-    )
-    assert train_gpt2.validate(run) == 0
+    trainer = Trainer(rt, model, model, model, [], None, 2, 1, loss_chunks=1, grad_clip=1.0)
+    assert trainer.validate(dataloader.val_batches(stream, 10, 2, 0, 1, MPS), 160) == 0
 
 
 def test_hellaswag_there(books: Books) -> None:

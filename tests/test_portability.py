@@ -31,7 +31,7 @@ from support.stop_signal import StopSignal
 
 # What a Python on Windows has none of, in a file that every process reads as it starts.
 WINDOWS = """
-import os, sys
+import builtins, os, sys
 for name in ("fcntl", "resource", "triton", "readline", "termios", "pwd"):
     sys.modules[name] = None
 real_open = os.open
@@ -41,6 +41,12 @@ def open_no_folder(path, flags, *args, **kwargs):
     return real_open(path, flags, *args, **kwargs)
 os.open = open_no_folder
 del os.sysconf
+real_builtin = builtins.open
+def open_no_proc(path, *args, **kwargs):
+    if str(path).startswith("/proc"):
+        raise FileNotFoundError(2, "No such file or directory", path)
+    return real_builtin(path, *args, **kwargs)
+builtins.open = open_no_proc
 """
 
 

@@ -20,6 +20,7 @@ import train_gpt2
 from settings import PRESETS
 from support import checkpoint, hardware, push, runtime, sampling, stop_signal
 from support.cli import UserError
+from train_gpt2 import StepResult, Trainer
 
 Train = Callable[..., Path]
 EXAMPLE = {
@@ -68,13 +69,13 @@ def train_together(
 
 
 def on_rank_1(monkeypatch: pytest.MonkeyPatch, room: object, name: str, call: int, work: Callable) -> None:
-    """Do something on rank 1 before the given call (0: the first) there of `room.name(run)`."""
+    """Do something on rank 1 before the given call (0: the first) there of the method `room.name`."""
     real, calls = getattr(room, name), iter(range(1000))
 
-    def spied(run: object, *args: object) -> object:
-        if run.rt.rank == 1 and next(calls) == call:
-            work(run)
-        return real(run, *args)
+    def spied(trainer: Trainer, *args: object) -> object:
+        if trainer.rt.rank == 1 and next(calls) == call:
+            work(trainer)
+        return real(trainer, *args)
 
     monkeypatch.setattr(room, name, spied)
 
@@ -113,10 +114,10 @@ def test_a_failure_on_one_rank_and_an_overdue_checkpoint_on_another(
     """Only rank 0 knows when a checkpoint is overdue: here after each step."""
     expected = losses(train())
 
-    def fail(run: train_gpt2.Run) -> None:
+    def fail(trainer: Trainer) -> None:
         raise MemoryError("too much")
 
-    on_rank_1(monkeypatch, train_gpt2, "validate", 1, fail)
+    on_rank_1(monkeypatch, Trainer, "validate", 1, fail)
     often = {"checkpoint_interval": 0, "checkpoint_minutes": 1e-9, "keep_checkpoints": 9}
     assert train_together(**often) == [0, 0]
     run = tmp_path / "two"
@@ -132,13 +133,13 @@ def test_only_the_rank_that_saves_knows_when_a_checkpoint_is_overdue(
     train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock on which a step of rank 0 takes a minute."""
-    minutes, update = [0], train_gpt2.update
+    minutes, step = [0], Trainer.step
 
-    def timed(run: train_gpt2.Run, *args: object) -> torch.Tensor:
-        minutes[0] += run.rt.is_main
-        return update(run, *args)
+    def timed(trainer: Trainer, *args: object) -> StepResult:
+        minutes[0] += trainer.rt.is_main
+        return step(trainer, *args)
 
-    monkeypatch.setattr(train_gpt2, "update", timed)
+    monkeypatch.setattr(Trainer, "step", timed)
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 60.0 * minutes[0]))
     assert train_together(checkpoint_interval=0, checkpoint_minutes=1.5, keep_checkpoints=9) == [0, 0]
     assert names_of_steps(tmp_path / "two") == [3, 6]
@@ -158,7 +159,7 @@ def test_one_rank_alone_pushes_and_draws(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("place", "last", "interval"), [("validate", 2, 0), ("validate", 2, 2), ("update", 5, 0)]
+    ("place", "last", "interval"), [("validate", 2, 0), ("validate", 2, 2), ("step", 5, 0)]
 )
 def test_a_signal_to_one_rank(
     train: Train, train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str,
@@ -167,8 +168,8 @@ def test_a_signal_to_one_rank(
     """In the validation of step 2, or within step 5: both end there; a resume goes on as if undisturbed."""
     expected = losses(train())
     with monkeypatch.context() as patch:
-        call = {"validate": 1, "update": 4}[place]
-        on_rank_1(patch, train_gpt2, place, call, lambda run: setattr(run.rt.stop, "number", number))
+        call = {"validate": 1, "step": 4}[place]
+        on_rank_1(patch, Trainer, place, call, lambda own: setattr(own.rt.stop, "number", number))
         assert train_together(checkpoint_interval=interval, reload_checkpoints=True) == [128 + number] * 2
     run = tmp_path / "two"
     assert names_of_steps(run) == [last]
@@ -181,14 +182,13 @@ def test_patience_runs_out_on_all_ranks(
     train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only rank 0 has the record."""
-    share = lambda run: torch.tensor([9.0, 5.0, 6.0, 7.0][run.rt.stop.times], dtype=torch.float64)  # noqa: E731
 
-    def validate(run: train_gpt2.Run) -> torch.Tensor:
-        found = share(run) / 2
-        run.rt.stop.times += 1  # counts the validations of this rank
-        return found
+    def validate(trainer: Trainer, *_: object) -> torch.Tensor:
+        loss = [9.0, 5.0, 6.0, 7.0][trainer.rt.stop.times]
+        trainer.rt.stop.times += 1  # counts the validations of this rank
+        return torch.tensor(loss / 2, dtype=torch.float64)
 
-    monkeypatch.setattr(train_gpt2, "validate", validate)
+    monkeypatch.setattr(Trainer, "validate", validate)
     assert train_together(patience=2, val_interval=1) == [0, 0]
     assert [r["loss"] for r in history(tmp_path / "two", kinds=("val",))] == [9, 5, 6, 7]
     assert names_of_steps(tmp_path / "two")[-1] == 3

@@ -359,19 +359,19 @@ def test_the_record_goes_as_far_as_the_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 0.0))
         whole = train("whole", **settings)
-    kept, save, update, calls = {}, train_gpt2.save, train_gpt2.update, iter(range(100))
+    kept, save, step, calls = {}, train_gpt2.save, train_gpt2.Trainer.step, iter(range(100))
 
     def spied(run: train_gpt2.Run, step: int, wait: bool) -> None:
         kept[step] = [r["step"] for r in history(run.settings.out_dir, kinds=("train",))]
         save(run, step, wait)
 
-    def signalled(run: train_gpt2.Run, *args: object) -> torch.Tensor:
+    def signalled(trainer: train_gpt2.Trainer, *args: object) -> train_gpt2.StepResult:
         if next(calls) == 3 and way == "a signal":
-            run.rt.stop.number = signal.SIGTERM
-        return update(run, *args)
+            trainer.rt.stop.number = signal.SIGTERM
+        return step(trainer, *args)
 
     monkeypatch.setattr(train_gpt2, "save", spied)
-    monkeypatch.setattr(train_gpt2, "update", signalled)
+    monkeypatch.setattr(train_gpt2.Trainer, "step", signalled)
     if way == "an overdue checkpoint":
         settings |= {"checkpoint_minutes": 1e-9}
     if way == "patience":

@@ -150,7 +150,7 @@ def test_mfu_is_a_share_of_all_gpus(tmp_path: Path, processes: int) -> None:
     rt = Runtime(torch.device("cpu"), torch.float32, world_size=processes)
     progress = Progress(PRESETS["gpt2-124m"], rt, record, checkpoint.Writer(), 855.166464e6, 312e12, {})
     progress.begin()
-    progress.add(1, 6e-4, torch.tensor([4.0, 1.0, 0, 0, 0, 1]))
+    progress.add(1, 6e-4, train_gpt2.StepResult(*torch.tensor([4.0, 1.0, 1.0]), votes=torch.zeros(3)))
     progress.report(catch_up=True)
     [step] = metrics.read(tmp_path / "metrics.jsonl")
     assert step["mfu"] == pytest.approx(855.166464e6 * step["tokens_per_sec"] / (312e12 * processes))

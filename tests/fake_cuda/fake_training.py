@@ -45,6 +45,7 @@ import train_gpt2  # noqa: E402
 from model import GPT  # noqa: E402
 from settings import read_settings  # noqa: E402
 from support import compiler  # noqa: E402
+from train_gpt2 import Trainer  # noqa: E402
 
 # The rehearsal, as short as it can be with every part in it: steps 1 and 2 follow each other without a pause.
 FLAGS = (  # noqa: SIM905
@@ -85,9 +86,9 @@ class Training:
         self.case = case
         self.recorder = Recorder(case.gpu_memory)
         self.graphs = Graphs(fullgraph=case.processes == 1)  # DDP is compiled in parts
-        self.step_peak = 0  # of live bytes within `update`
+        self.step_peak = 0  # of live bytes within a step
         self.flops = 0  # of the last step
-        self._update, self._generate = train_gpt2.update, GPT.generate
+        self._step, self._generate = Trainer.step, GPT.generate
         write_data(folder)
         flags = [*FLAGS, "--total-batch-size", str(128 * 1024 * case.processes)]
         flags += ["--data-dir", str(folder), "--out-dir", str(folder / "run")]
@@ -98,7 +99,7 @@ class Training:
         """Train to the end. Raises whatever the script raises."""
         with (
             mock.patch.dict(os.environ, TORCHRUNS_VARIABLES, WORLD_SIZE=str(self.case.processes)),
-            mock.patch.object(train_gpt2, "update", self.update),
+            mock.patch.object(Trainer, "step", lambda trainer, batches: self.step(trainer, batches)),
             mock.patch.object(GPT, "generate", self.generate_few()),
             # fake_compile.py needs neither Triton nor a compiler.
             mock.patch.multiple(compiler, _has_triton=lambda: True, try_out=lambda rt: None),
@@ -114,7 +115,7 @@ class Training:
         if status:
             raise RuntimeError(f"exit status {status}")
 
-    def update(self, *args: object) -> object:
+    def step(self, *args: object) -> object:
         """The script's own, counted."""
         recorder = self.recorder
         recorder.begin_step()
@@ -122,7 +123,7 @@ class Training:
         recorder.reset_peak()
         count = self.case.flops and recorder.step == self.settings.max_steps
         with FlopCounterMode(display=False) if count else contextlib.nullcontext() as counter:
-            result = self._update(*args)
+            result = self._step(*args)
         if counter:
             self.flops = counter.get_total_flops()
         self.step_peak = max(self.step_peak, recorder.peak_bytes)
@@ -147,7 +148,7 @@ def describe(training: Training) -> str:
     for e in training.recorder.entries:
         if e.kind != COLLECTIVE:
             places[(e.phase, e.kind, f"{e.place}:{e.line}", e.name)] += 1
-        elif e.step == 1 and e.phase == "update":
+        elif e.step == 1 and e.phase == "step":
             where = f"round {e.round}" if e.in_backward else "after the rounds"
             collectives[(where, e.name, f"{e.place}:{e.line}")].append(e.n_bytes)
     seen = training.report()

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
 from support.progress import Progress
+from train_gpt2 import StepResult
 
 forward, hidden, add = GPT.forward, GPT.hidden, Progress.add
 
@@ -33,16 +34,16 @@ def index_from_the_host(model: GPT, *args: object) -> Tensor:
     return states[torch.arange(len(states))]
 
 
-def early_read(progress: Progress, step: int, lr: float, stats: Tensor) -> None:
+def early_read(progress: Progress, step: int, lr: float, result: StepResult) -> None:
     """Numbers fetched without waiting, and read without waiting either: whatever was in that memory."""
-    stats.to("cpu", non_blocking=True).tolist()
-    add(progress, step, lr, stats)
+    result.loss.to("cpu", non_blocking=True).tolist()
+    add(progress, step, lr, result)
 
 
-def synchronize(progress: Progress, step: int, lr: float, stats: Tensor) -> None:
+def synchronize(progress: Progress, step: int, lr: float, result: StepResult) -> None:
     """A loop that waits for its own step."""
     torch.cuda.synchronize()
-    add(progress, step, lr, stats)
+    add(progress, step, lr, result)
 
 
 def not_pinned(tensor: Tensor, *_: object) -> Tensor:

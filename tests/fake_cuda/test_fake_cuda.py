@@ -89,7 +89,7 @@ def test_nothing_waits_within_a_step(rehearsal: tuple) -> None:
 def test_an_update_takes_its_batches_and_nothing_else(rehearsal: tuple) -> None:
     """The part of a step that must be free of waits even where the loop catches up."""
     *_, report = rehearsal
-    found = [e for e in entries(report) if e["phase"] == "update" and e["kind"] != "collective"]
+    found = [e for e in entries(report) if e["phase"] == "step" and e["kind"] != "collective"]
     assert places(found) == {("pinned copy to the device", "dataloader.py")}
     sent = {step: [e["n_bytes"] for e in found if e["step"] == step] for step in (1, 2, 3)}
     assert set(map(tuple, sent.values())) == {(64 * 1024 * 8,) * 4}  # inputs and targets of two rounds
@@ -259,9 +259,9 @@ def test_flops_of_a_step_are_those_of_the_formula(steps: dict[str, Report]) -> N
 # ---------------------------------------------------------------- the tests' own test
 
 WAITS = {
-    "hidden item": ("update", "read of a number"),
-    "index from the host": ("update", "blocking copy to the device"),
-    "not pinned": ("update", "blocking copy to the device"),
+    "hidden item": ("step", "read of a number"),
+    "index from the host": ("step", "blocking copy to the device"),
+    "not pinned": ("step", "blocking copy to the device"),
     "early read": ("train", "read before its copy has arrived"),
     "synchronize": ("train", "synchronize"),
 }
