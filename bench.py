@@ -225,8 +225,11 @@ def measure(s: Settings) -> dict[str, object]:
                 warmup_seconds = time.perf_counter() - begin
     batches.close()
     laps = watch.seconds()[s.warmup :]
-    for result in results:  # in fp16 the first gradients may overflow
-        check_finite(result.loss.item(), 0.0 if result.scale > 1 else result.grad_norm.item())
+    check_finite(*(result.loss.item() for result in results))
+    norms = [result.grad_norm.item() for result in results]
+    if rt.dtype == torch.float16:  # the first gradients may overflow, but not all
+        norms = [norm for norm in norms if math.isfinite(norm)] or [math.nan]
+    check_finite(*norms)
     durations = [sum(lap.values()) for lap in laps]
     median = statistics.median(durations)
     peak = known or max(peak, hardware.measured_flops(rt.device, rt.dtype))

@@ -80,20 +80,15 @@ def prepare(data: str, rt: Runtime, required: bool) -> tuple[list[Example], str]
 
     required: raise UserError, on every process, if there is something wrong with a local file.
     """
-    examples, problem = [], ""
     try:
         if not data:
             rt.run_on_some(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
-        examples = load(Path(data) if data else None)
+        return rt.run_on_some(True, lambda: load(Path(data) if data else None)), ""
     except UserError as error:
-        problem = str(error)
-    if not rt.on_any(problem != ""):
-        return examples, ""
-    problem = problem or "another process cannot read its file"
-    if data and required:
-        raise UserError(problem)
-    rt.say(f"warning: continuing without HellaSwag: {problem}")
-    return [], problem
+        if data and required:
+            raise
+        rt.say(f"warning: continuing without HellaSwag: {error}")
+        return [], str(error)
 
 
 def load(data: Path | None = None, style: Style = "completion", limit: int = 0) -> list[Example]:

@@ -174,20 +174,19 @@ def set_up(s: Settings, rt: Runtime) -> Run:
     rt.run_on_some(rt.is_main, lambda: run_folder.check(s))  # before anything is fetched into it
     if s.init_from == "scratch":  # before anything is fetched; other models first say how large they are
         refuse_long_run(s, scratch_config(s), rt)
+    s = dataclasses.replace(s, compile=not rt.on_any(not s.compile))  # the default of one GPU may differ
     if s.compile:
         compiler.try_out(rt)
     hub_state = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
-    model = build_model(s, rt.device)
+    model = rt.run_on_some(True, lambda: build_model(s, rt.device))
     hardware.avoid_faulty_attention(s.sequence_length, s.dropout)
     s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # to be recorded
     if s.init_from != "scratch":
         refuse_long_run(s, model.config, rt)
     with clock("data"):
         rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
-        data = rt.run_on_some(True, lambda: shards.find_shards(s.data_dir, s.num_shards))
-        train_stream = TokenStream(data["train"], s.sequence_length, s.seed, s.shuffle)
-        val_stream = TokenStream(data["val"], s.sequence_length)
-        if not rt.agree(int(train_stream.fingerprint(), 16) >> 1):  # to 63 bits
+        train_stream, val_stream = rt.run_on_some(True, lambda: open_streams(s))
+        if not all(rt.agree(int(each.fingerprint(), 16) >> 1) for each in (train_stream, val_stream)):
             raise UserError(f"--data-dir {s.data_dir}: not the same shards on every machine: copy them over")
         examples, problem = [], ""
         if s.hellaswag_interval:  # a file that is damaged later must not end a restart loop
@@ -246,6 +245,13 @@ def prepare_data(s: Settings) -> None:
     elif s.dataset_repo not in ("builtin", "none"):
         fetch_tokens_hf.fetch(s.dataset_repo, s.data_dir, s.num_shards)
     shards.check_complete(s.data_dir, s.num_shards)
+
+
+def open_streams(s: Settings) -> tuple[TokenStream, TokenStream]:
+    """The sequences for training and for validation."""
+    data = shards.find_shards(s.data_dir, s.num_shards)
+    train_stream = TokenStream(data["train"], s.sequence_length, s.seed, s.shuffle)
+    return train_stream, TokenStream(data["val"], s.sequence_length)
 
 
 def build_model(s: Settings, device: torch.device) -> GPT:

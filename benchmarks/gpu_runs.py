@@ -285,7 +285,7 @@ def costs(part: Part) -> dict[str, float]:
         found["checkpoint_seconds"] = seconds_of(lambda step=step: train_gpt2.save(run, step, wait=False), rt)
         found["checkpoint_written_seconds"] = seconds_of(run.writer.wait, rt)
     for record in metrics.read(run.metrics.path):
-        if record.get("name") == "evaluation failed":  # and so took no time
+        if record.get("name") == "evaluation failed" and record["step"]:  # and so took no time
             raise UserError(f"{record['what']}: {record['reason']}")
         if record["kind"] == "val":
             bench.check_finite(record["loss"])

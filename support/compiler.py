@@ -36,8 +36,9 @@ def try_out(rt: Runtime) -> None:
         try:
             torch.compile(lambda x: x.sin() + 1)(x)
         except Exception as error:  # of Dynamo, Triton, ptxas, a compiler, a linker
-            reason = _reason(error)
-            raise UserError(f"--compile: fails here ({reason}): {_fix(reason)}, or --no-compile") from error
+            raise UserError(
+                f"--compile: fails here ({_reason(error)}): {_fix(error)}, or --no-compile"
+            ) from error
 
     rt.run_on_some(True, attempt)
 
@@ -62,14 +63,18 @@ def _why_not(device: str) -> str:
 def _reason(error: Exception) -> str:
     """What an error of torch.compile says, in one line, without torch's hints for its own developers."""
     text = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]
-    # From torch's worker processes comes the text of a traceback; its frames are indented.
+    # From torch's worker processes comes the text of a traceback, whose frames are indented; from a compiler
+    # its whole command.
     lines = [line for line in text.splitlines() if not line.startswith((" ", "Traceback"))]
+    lines = [line for line in lines if re.search("error|fatal", line, re.IGNORECASE)] or lines
     return textwrap.shorten(" ".join(lines), 300, placeholder=" …") or type(error).__name__
 
 
-def _fix(reason: str) -> str:
-    """What to install where compiling fails for this reason."""
-    if re.search(r"compiler|Python\.h|exit status|gcc|clang|g\+\+", reason, re.IGNORECASE):
+def _fix(error: Exception) -> str:
+    """What to do where compiling fails with this error."""
+    if "[Errno" in str(error):
+        return "see that TORCHINDUCTOR_CACHE_DIR (or the temporary folder) has space and can be written"
+    if re.search(r"compiler|compile error|Python\.h|exit status|gcc|clang|g\+\+", str(error), re.IGNORECASE):
         return "install a C++ compiler and Python's headers (sudo apt install build-essential python3-dev)"
     return f"install another torch (this is {torch.__version__})"
 

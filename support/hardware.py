@@ -92,9 +92,9 @@ def attention_backend(
 ) -> str:
     """The kernel that scaled_dot_product_attention picks for these shapes: flash, cudnn, efficient, math.
 
-    torch decides by device, precision and version: on H100 and B200 cuDNN with torch 2.9, flash with 2.10,
-    cuDNN again from 2.11 on; on other GPUs flash (FlashAttention 2) from Ampere on, and efficient before. On
-    CPUs flash, with dropout math, which stores the probabilities.
+    torch decides by device, precision and versions. On H100 and B200: cuDNN with torch 2.9, flash with 2.10,
+    cuDNN from 2.11 on if it is newer than 9.15, as in the wheels for CUDA 13. On other GPUs flash from Ampere
+    on, and efficient before. On CPUs flash, with dropout math, which stores the probabilities.
     """
     if rt.device.type not in ("cpu", "cuda"):
         return "default"
@@ -175,6 +175,18 @@ def avoid_faulty_attention(sequence_length: int, dropout: float) -> None:
     version = runtime.torch_version()
     if (version < (2, 10) and sequence_length % 128) or (version < (2, 12) and dropout):
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def without_cudnn(device: torch.device) -> str:
+    """The variable that keeps torch away from cuDNN's attention; empty where torch would not prefer it."""
+    if (
+        device.type != "cuda"
+        or torch.version.hip
+        or torch.cuda.get_device_capability(device)[0] not in (9, 10)
+    ):
+        return ""
+    old = runtime.torch_version() < (2, 10)
+    return "TORCH_CUDNN_SDPA_PREFERRED=0" if old else "TORCH_CUDNN_SDPA_DEPRIORITIZED=1"
 
 
 def padded_vocab_size(vocab_size: int, device: torch.device) -> int:

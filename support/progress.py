@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from support import checkpoint, metrics
+from support import checkpoint, hardware, metrics
 from support.cli import UserError
 from support.runtime import Runtime
 
@@ -154,7 +154,8 @@ class Progress:
         pauses: Mapping[str, float],
     ) -> None:
         """peak_flops: of one device, if it is known. pauses: seconds that each kind of evaluation takes."""
-        self.metrics, self.writer, self.say, self.device = run_metrics, writer, rt.say, rt.device
+        self.rt, self.metrics, self.writer = rt, run_metrics, writer
+        self.say, self.device = rt.say, rt.device
         self.max_steps = s.max_steps
         self.tokens_per_step, self.flops_per_token = s.total_batch_size, flops_per_token
         self.peak_flops = peak_flops * rt.world_size if peak_flops else None
@@ -255,9 +256,10 @@ class Progress:
         self.metrics.log(step, "event", name="bad step")
         if self.bad_steps == self.max_bad_steps:
             self.writer.wait()  # for a checkpoint that is about to exist
+            self.rt.barrier()  # on rank 0; the others' end would cut it short
             last_good = next(iter(checkpoint.folders(self.metrics.path.parent)), "the start")
             raise UserError(
                 f"step {step}: loss or gradient not finite for --max-bad-steps {self.bad_steps} steps in a "
                 f"row, all skipped: --resume continues from {last_good}; lower --learning-rate"
-                + (", or set TORCH_CUDNN_SDPA_DEPRIORITIZED=1" if self.device.type == "cuda" else "")
+                + (f", or set {variable}" if (variable := hardware.without_cudnn(self.device)) else "")
             )

@@ -148,7 +148,7 @@ class Runtime:
     def run_on_some(self, here: bool, work: Callable[[], T], fetches: bool = False) -> T | None:
         """Do `work` on the processes where `here` is true, while the others wait; None on those.
 
-        A UserError on one process is raised on all of them: none is left waiting for a dead one.
+        A UserError on one process is raised on all of them, with its text: none waits for a dead one.
         fetches: the work may take hours, as a download does.
         """
         group = dist.new_group(timeout=FETCH_TIMEOUT) if fetches and self.world_size > 1 else None
@@ -158,12 +158,21 @@ class Runtime:
                 result = work()
             except UserError as error:
                 failure = error
-        flag = torch.tensor(int(failure is not None), device=self.device)
-        failed = self.all_reduce(flag, "MAX", group).item()  # read first: a GPU may still be at it
+        # The results are read before the group is left: a GPU may still be at the all-reduces.
+        who = torch.tensor(self.world_size if failure is None else self.rank, device=self.device)
+        first = int(self.all_reduce(who, "MIN", group).item())  # world_size: nobody has failed
+        text = ""
+        if first < self.world_size:
+            codes = torch.zeros(1000, dtype=torch.int64)
+            if first == self.rank:
+                own = str(failure).encode()[: len(codes)]
+                codes[: len(own)] = torch.tensor(list(own))
+            codes = self.all_reduce(codes.to(self.device), "MAX", group)
+            text = bytes(codes.tolist()).rstrip(b"\0").decode(errors="ignore")
         if group is not None:
             dist.destroy_process_group(group)
-        if failed:
-            raise failure or UserError("another process has reported the error")
+        if first < self.world_size:
+            raise failure or UserError(f"process {first}: {text}" if first else text)
         return result
 
 

@@ -31,6 +31,11 @@ RuntimeError: Failed to find C compiler. Please specify via CC environment varia
 `ptxas` stderr:
 ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'
 """: ("Value 'sm_121a' is not defined", "another torch"),
+    "CppCompileError: C++ compile error\n\nCommand:\ncc a.cpp\n\nOutput:\nfatal error: omp.h: No such file": (
+        "omp.h",
+        COMPILER,
+    ),
+    "OSError: [Errno 28] No space left on device": ("No space left", "TORCHINDUCTOR_CACHE_DIR"),
     "": ("RuntimeError", "another torch"),
 }
 

@@ -1,10 +1,12 @@
 """Where one process of several differs from the others, all must come to the same decision."""
 
+import collections
 import dataclasses
 import json
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import TINY, T, history
+from helpers import TINY, T, history, write_shard
 from ranks import Rank, together
 from test_runtime import Machine
 
 import train_gpt2
+from model import GPT, GPTConfig
 from settings import PRESETS
-from support import checkpoint, hardware, push, runtime, sampling, stop_signal
+from support import checkpoint, compiler, hardware, push, runtime, sampling, stop_signal
 from support.cli import UserError
 from train_gpt2 import StepResult, Trainer
 
@@ -194,25 +197,82 @@ def test_patience_runs_out_on_all_ranks(
     assert names_of_steps(tmp_path / "two")[-1] == 3
 
 
-@pytest.mark.parametrize("fault", ["missing", "damaged", "other"])
+@pytest.mark.parametrize("fault", ["missing", "damaged", "short", "other", "other validation"])
 def test_a_machine_with_faulty_data_ends_the_run_on_all(
     train_together: Callable, data_dir: Path, tmp_path: Path, fault: str
 ) -> None:
     own = tmp_path / "own"
     if fault != "missing":
         shutil.copytree(data_dir, own)
-        [shard] = own.glob("*_train_000003.npy")
+        [shard] = own.glob("*_val_000000.npy" if fault == "other validation" else "*_train_000003.npy")
         shard.write_bytes(b"x") if fault == "damaged" else shard.unlink()
+        if fault == "other validation":
+            write_shard(shard, 3 * T + 1)
+        if fault == "short":
+            for path in own.glob("*_train_*"):
+                write_shard(path, 3)
 
     def differs(rank: int, s: train_gpt2.Settings) -> train_gpt2.Settings:
         return s if rank == 0 else dataclasses.replace(s, data_dir=own)
 
     ends = train_together(differs)
     assert all(isinstance(end, UserError) for end in ends), ends
-    assert {"missing": "no such folder", "damaged": "000003", "other": "not the same shards"}[fault] in str(
-        ends[1]
+    told = {"missing": "no such folder", "damaged": "000003", "short": "own"}.get(
+        fault, "not the same shards"
     )
+    assert all(told in str(end) for end in ends), ends
     assert not (tmp_path / "two").exists()
+
+
+def test_a_model_that_one_machine_lacks_ends_both(train_together: Callable, tmp_path: Path) -> None:
+    GPT(GPTConfig(16, 50257, 1, 1, 8)).save_pretrained(tmp_path / "model")
+
+    def differs(rank: int, s: train_gpt2.Settings) -> train_gpt2.Settings:
+        return dataclasses.replace(s, init_from=str(tmp_path / ("model" if rank == 0 else "missing")))
+
+    ends = train_together(differs)
+    assert all(isinstance(end, UserError) and "missing" in str(end) for end in ends), ends
+
+
+def test_all_ranks_compile_or_none_does(train_together: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default a P100 does not, and a V100 beside it does."""
+    tried = []
+    monkeypatch.setattr(compiler, "try_out", lambda rt: tried.append(rt.rank))
+    own = lambda rank, s: dataclasses.replace(s, compile=rank == 0)  # noqa: E731
+    assert train_together(own, max_steps=1) == [0, 0]
+    assert not tried
+
+
+def test_one_rank_that_cannot_compile_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compile_one(function: Callable) -> Callable:
+        calls.append(1)
+        return function if len(calls) == 1 else (lambda x: 1 / 0)
+
+    monkeypatch.setattr(torch, "compile", compile_one)
+    ends = together(compiler.try_out)
+    assert all(isinstance(end, UserError) and "--compile: fails here" in str(end) for end in ends), ends
+
+
+def test_bad_steps_name_the_same_checkpoint_on_all_ranks(
+    train_together: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 writes it; the others' end would cut that short."""
+    forward, save = GPT.forward, checkpoint.save
+    calls = collections.Counter()
+
+    def spoilt(self: GPT, *args: object) -> tuple[None, torch.Tensor]:
+        logits, loss = forward(self, *args)
+        if loss.requires_grad:
+            calls[threading.get_ident()] += 1
+        bad = calls[threading.get_ident()] > 2 * 4  # four micro-batches a step
+        return logits, loss * float("nan") if bad else loss
+
+    monkeypatch.setattr(GPT, "forward", spoilt)
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **options: time.sleep(1) or save(*args, **options))
+    ends = train_together(max_bad_steps=2, val_interval=0)
+    assert all("step 4: " in str(end) and "step_000002" in str(end) for end in ends), ends
 
 
 def test_each_machine_fetches_its_own_data(
@@ -237,8 +297,8 @@ def test_a_machine_without_the_checkpoint_ends_the_resume_on_all(
     # Nor does its lack make it ask for a HellaSwag file that the others do without.
     without = {"hellaswag_interval": 2, "hellaswag_data": str(tmp_path / "none")}
     first, second = train_together(differs, resume=True, **without)
-    assert str(first) == "another process has reported the error"
     assert isinstance(second, UserError) and "nowhere" in str(second)
+    assert str(first) == f"process 1: {second}"
 
 
 # ---------------------------------------------------------------- HellaSwag
@@ -264,7 +324,7 @@ def test_a_hellaswag_file_that_one_rank_lacks(
         assert not history(tmp_path / "two", kinds=("hellaswag",))
         return
     assert all(isinstance(end, UserError) for end in ends)
-    assert "none: cannot be read" in str(ends[without])
+    assert all("none: cannot be read" in str(end) for end in ends)
     assert not (tmp_path / "two").exists()
 
 
@@ -305,13 +365,13 @@ def test_the_micro_batch_is_what_fits_on_every_gpu(monkeypatch: pytest.MonkeyPat
 def test_a_user_error_of_one_rank_is_raised_on_all() -> None:
     def work(rank: Rank) -> str | None:
         def fail() -> None:
-            raise UserError(f"rank {rank.rank}")
+            raise UserError(f"rank {rank.rank} is no naïve one")
 
         return rank.run_on_some(rank.rank == 1, fail)
 
     first, second, third = together(work, size=3)
-    assert [str(error) for error in (first, third)] == ["another process has reported the error"] * 2
-    assert str(second) == "rank 1"
+    assert [str(error) for error in (first, third)] == ["process 1: rank 1 is no naïve one"] * 2
+    assert str(second) == "rank 1 is no naïve one"
 
 
 def test_what_the_processes_ask_each_other() -> None:

@@ -86,6 +86,10 @@ def test_a_process_of_a_second_machine(two_gpus: pytest.MonkeyPatch) -> None:
     joined: list[dict[str, object]] = []
     two_gpus.setattr(dist, "is_nccl_available", lambda: True)
     two_gpus.setattr(dist, "init_process_group", lambda backend, **options: joined.append(options))
+    two_gpus.setattr(Runtime, "highest", lambda rt, *numbers: list(numbers))  # all others are A100s
+    for name, value in {**torchruns_variables(4), "RANK": "2"}.items():
+        two_gpus.setenv(name, value)
+    assert runtime.start("auto", "auto").dtype == torch.bfloat16
     two_gpus.setattr(Runtime, "highest", lambda rt, *numbers: [max(number, 1) for number in numbers])
     for local_rank in (0, 1):
         for name, value in {
@@ -113,7 +117,7 @@ def test_a_group_is_left_once_its_result_is_there(monkeypatch: pytest.MonkeyPatc
     class Pending:
         def item(self) -> int:
             events.append("read")
-            return 0
+            return 2  # nobody has failed
 
     monkeypatch.setattr(dist, "new_group", lambda timeout: "group")
     monkeypatch.setattr(dist, "destroy_process_group", lambda group: events.append(f"left {group}"))
@@ -429,7 +433,7 @@ def test_processes_are_patient_only_while_data_is_fetched(tmp_path: Path) -> Non
 def test_training_keeps_away_from_faulty_attention(
     version: str, T: int, dropout: float, enabled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in the search for the micro-batch, and when bench.py times what training would do."""
+    """Also in the search for the micro-batch."""
     seen = []
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(

@@ -336,12 +336,26 @@ def test_bad_steps_in_a_row_end_the_run(train: Train, monkeypatch: pytest.Monkey
         train(micro_batch_size=8, max_bad_steps=3)
 
 
-def test_on_a_gpu_its_attention_is_suspected_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "version", "told"),
+    [
+        ((9, 0), "2.13.0", ", or set TORCH_CUDNN_SDPA_DEPRIORITIZED=1"),
+        ((10, 0), "2.9.1+cu128", ", or set TORCH_CUDNN_SDPA_PREFERRED=0"),
+        ((8, 0), "2.13.0", ""),
+    ],
+)
+def test_cudnns_attention_is_suspected_where_torch_prefers_it(
+    tmp_path: Path, capability: tuple[int, int], version: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(Runtime, "barrier", lambda rt: None)
     s = dataclasses.replace(PRESETS["demo"], max_bad_steps=1)
     record = metrics.Metrics(tmp_path / "metrics.jsonl", silent=True)
     rt = Runtime(torch.device("cuda"), torch.bfloat16)
-    with pytest.raises(UserError, match=r"learning-rate, or set TORCH_CUDNN_SDPA_DEPRIORITIZED=1$"):
+    with pytest.raises(UserError) as error:
         Progress(s, rt, record, checkpoint.Writer(), 1.0, None, {})._watch(3, math.nan, 1.0, 1.0)
+    assert str(error.value).endswith("lower --learning-rate" + told)
 
 
 def test_a_run_that_diverged_continues_at_a_sane_rate(train: Train) -> None:
