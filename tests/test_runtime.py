@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -375,6 +376,20 @@ def test_eight_processes_on_two_cores_are_as_fast_as_two(monkeypatch: pytest.Mon
 def test_measured_peak_is_a_rate_of_this_machine() -> None:
     assert hardware.peak_flops(CPU, torch.float32) is None
     assert 1e9 < hardware.measured_flops(CPU, torch.float32) < 1e14
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="elsewhere a process has its own peak anyway"
+)
+def test_peak_memory_is_not_the_parents() -> None:
+    """Linux lets a new process begin with the largest peak of the one that started it (ru_maxrss)."""
+    np.ones(125_000_000)  # of this process: a gigabyte
+    assert hardware.peak_memory(CPU) > 1e9
+    code = "import torch; from support import hardware; print(hardware.peak_memory(torch.device('cpu')))"
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
+    assert 1e7 < int(child.stdout) < 9e8
 
 
 def test_attention_on_a_cpu_is_flash() -> None:
