@@ -192,7 +192,7 @@ def measure(s: Settings) -> dict[str, object]:
     B = s.micro_batch_size or (0 if rt.device.type == "cuda" else 1)
     # 0: what fits with as many sequences as training has on one GPU, if that T suits the preset's step.
     sequences = s.accumulation_steps * B or (64 if p.total_batch_size % T else p.total_batch_size // T)
-    shape = {name: getattr(config, name) for name in SHAPE}
+    shape = {size: getattr(config, size) for size in SHAPE}
     training = dataclasses.replace(
         p, **shape, init_from="scratch", sequence_length=T, total_batch_size=sequences * T,
         micro_batch_size=B, loss_chunks=s.loss_chunks, optimizer=name, recompute=s.recompute,
@@ -260,10 +260,11 @@ def measure(s: Settings) -> dict[str, object]:
 
 
 def check_finite(*numbers: float | None) -> None:
-    """Raise UserError if one of the numbers that a timed computation gave is not finite: it may be wrong."""
+    """Raise UserError if a number is not finite: the steps that gave it are not worth timing."""
     if not all(number is not None and math.isfinite(number) for number in numbers):
         raise UserError(
-            "loss or gradient not finite, so its time means nothing: another --attention, or --no-compile"
+            "loss or gradient not finite, so figures of it mean nothing: try another attention kernel, or "
+            "without torch.compile"
         )
 
 

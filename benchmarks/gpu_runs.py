@@ -263,15 +263,8 @@ def costs(part: Part) -> dict[str, float]:
     rt = runtime.start(s.device, s.dtype)
     run = train_gpt2.set_up(s, rt)
     s = run.settings
-    batches = dataloader.train_batches(
-        run.train_stream,
-        0,
-        s.total_batch_size // s.sequence_length,
-        run.trainer.micro_batch_size,
-        0,
-        1,
-        rt.device,
-    )
+    B, sequences = run.trainer.micro_batch_size, s.total_batch_size // s.sequence_length
+    batches = dataloader.train_batches(run.train_stream, 0, sequences, B, 0, 1, rt.device)
     with contextlib.closing(batches):
         run.trainer.step(batches)  # there are checkpoints of optimizer states only after a step
     none = {"val_interval": 0, "hellaswag_interval": 0, "sample_interval": 0}

@@ -112,11 +112,11 @@ class Writer:
         print(message)
 
     def is_overdue(self, minutes: float) -> bool:
-        """Whether this many minutes (0: never) have passed since the last checkpoint, or the start."""
+        """True if the last checkpoint, or the start, is more than `minutes` ago (0: never)."""
         return 0 < minutes < (time.monotonic() - self.started) / 60
 
     def has_written(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is on the disk; waits for one that is being written."""
+        """True if the checkpoint of `step` is on the disk. Waits for one that is being written."""
         if self.writing:
             self.writing.exception()
         return self.written == step
@@ -183,7 +183,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def remove_unfinished(out_dir: Path) -> None:
-    """Remove half-written checkpoints left by a crash, as far as the system lets us."""
+    """Remove half-written checkpoints left by a crash (best effort)."""
     for path in (out_dir / FOLDER).glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 

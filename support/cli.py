@@ -122,7 +122,7 @@ def open_streams(must_finish: bool) -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream (%run) has no such method
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    # Progress and warnings are never what a script is run for. Its output may be.
+    # Nobody runs a script for its progress and warnings, so they may be lost. Its output may not.
     for name in ("stdout", "stderr") if must_finish else ("stderr",):
         if not isinstance(getattr(sys, name), Unheard):
             setattr(sys, name, Unheard(getattr(sys, name)))
@@ -131,7 +131,7 @@ def open_streams(must_finish: bool) -> None:
 def run(main: Callable[[], int | None], must_finish: bool = False) -> NoReturn:
     """Call a script's `main` and exit with its status; a UserError is one line on stderr and status 2.
 
-    must_finish: the work goes on if nobody can read its output any more; without, the script ends.
+    must_finish: keep working when nobody can read the output any more. Otherwise the script ends then.
     Ctrl-C exits with status 130 and no traceback.
     """
     open_streams(must_finish)

@@ -1,4 +1,4 @@
-"""torch.compile: whether it can work on this machine, and what to do if it cannot."""
+"""Checks that torch.compile works on this machine, and says how to mend it if it does not."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ TRITON_NEEDS = (7, 0)  # the lowest compute capability that it compiles for
 
 
 def on_by_default(device: str) -> bool:
-    """Whether --compile is on by default for this --device: on CUDA, where it can work."""
+    """True if --compile is on by default for this --device: on a CUDA GPU that it supports."""
     return _is_on_cuda(device) and _why_not(device) == ""
 
 

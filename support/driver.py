@@ -62,7 +62,7 @@ def check_architecture(device: torch.device) -> None:
 
 
 def runs(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `arch` runs on a GPU: "sm_86" on 8.6 to 8.9, "compute_86" on 8.6 and all later."""
+    """True if code for `arch` runs on a GPU: "sm_86" on 8.6 to 8.9, "compute_86" on 8.6 and all later."""
     match = re.match(r"(sm|compute)_(\d+)(\d)", arch)
     if not match:
         return False

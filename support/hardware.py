@@ -1,4 +1,4 @@
-"""What the machine is and can do: names, peak rates, attention kernels, the largest micro-batch."""
+"""Facts about the machine: name, memory, peak rate, attention kernel, largest micro-batch."""
 
 import contextlib
 import os

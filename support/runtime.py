@@ -158,22 +158,26 @@ class Runtime:
                 result = work()
             except UserError as error:
                 failure = error
-        # The results are read before the group is left: a GPU may still be at the all-reduces.
-        who = torch.tensor(self.world_size if failure is None else self.rank, device=self.device)
-        first = int(self.all_reduce(who, "MIN", group).item())  # world_size: nobody has failed
-        text = ""
-        if first < self.world_size:
-            codes = torch.zeros(1000, dtype=torch.int64)
-            if first == self.rank:
-                own = str(failure).encode()[: len(codes)]
-                codes[: len(own)] = torch.tensor(list(own))
-            codes = self.all_reduce(codes.to(self.device), "MAX", group)
-            text = bytes(codes.tolist()).rstrip(b"\0").decode(errors="ignore")
-        if group is not None:
+        error = self._first_error(failure, group)
+        if group is not None:  # not earlier: a GPU may still have been at the all-reduces
             dist.destroy_process_group(group)
-        if first < self.world_size:
-            raise failure or UserError(f"process {first}: {text}" if first else text)
+        if error:
+            raise failure or error
         return result
+
+    def _first_error(self, failure: UserError | None, group: dist.ProcessGroup | None) -> UserError | None:
+        """The error of the lowest rank that has one, or None. Every process calls it with its own."""
+        failed = torch.tensor(self.world_size if failure is None else self.rank, device=self.device)
+        first = int(self.all_reduce(failed, "MIN", group).item())
+        if first == self.world_size:
+            return None
+        codes = torch.zeros(1000, dtype=torch.int64)
+        if first == self.rank:
+            own = str(failure).encode()[: len(codes)]
+            codes[: len(own)] = torch.tensor(list(own))
+        codes = self.all_reduce(codes.to(self.device), "MAX", group)
+        text = bytes(codes.tolist()).rstrip(b"\0").decode(errors="ignore")
+        return UserError(f"process {first}: {text}" if first else text)
 
 
 def world_size() -> int:

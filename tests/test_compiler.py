@@ -41,7 +41,7 @@ ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'
 
 
 @pytest.mark.parametrize("message", FAILURES)
-def test_what_is_said_where_compiling_fails(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compile_failure_names_the_cause_and_the_fix(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(x: torch.Tensor) -> None:
         raise RuntimeError(message + "\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
 
@@ -101,7 +101,7 @@ def test_where_a_gpu_can_not_be_compiled_for(
             check()
 
 
-def test_what_trains_on_a_cpu_is_not_compiled_for_the_gpu_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_presets_are_not_compiled_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "on_by_default", lambda device: device != "cpu")
     assert not settings.read_settings(["--preset", "demo"]).compile
     assert settings.read_settings(["--preset", "demo", "--device", "cuda"]).compile

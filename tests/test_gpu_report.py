@@ -250,7 +250,7 @@ def fail(part: Part) -> None:
     raise UserError("something is missing")
 
 
-def test_what_a_failed_measurement_had_noted_stays(part: Part) -> None:
+def test_a_failed_measurement_keeps_its_earlier_notes(part: Part) -> None:
     def work() -> None:
         part.note("roofline", {"floor_by_flops_ms": 1.5})
         raise UserError("no triton")

@@ -233,7 +233,7 @@ def test_no_name_leads_out_of_the_folder(tmp_path: Path, hub: LoopbackHub, folde
     ],
 )
 @pytest.mark.parametrize("path", ["/api/datasets", "/resolve/.*npy"])
-def test_what_the_hub_refuses(
+def test_hub_errors_are_retried_or_reported_in_one_line(
     tmp_path: Path, hub: LoopbackHub, folder: Path, path: str, status: int, times: int, message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -279,7 +279,7 @@ def test_a_half_built_folder_is_no_data_set(tmp_path: Path, folder: Path) -> Non
 # ---------------------------------------------------------------- the way up
 
 
-def test_what_is_there_is_not_sent_again(
+def test_upload_skips_files_that_are_already_there(
     hub: LoopbackHub, folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
     files = contents(folder)

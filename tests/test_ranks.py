@@ -374,7 +374,7 @@ def test_a_user_error_of_one_rank_is_raised_on_all() -> None:
     assert str(second) == "rank 1 is no naïve one"
 
 
-def test_what_the_processes_ask_each_other() -> None:
+def test_on_any_and_highest_agree_on_all_ranks() -> None:
     def work(rank: Rank) -> tuple[object, ...]:
         return rank.on_any(rank.rank == 1), rank.on_any(False), rank.highest(rank.rank, 5 - rank.rank)
 
