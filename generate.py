@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from model import GPT
-from support import cli, run_folder, runtime, tokenizer
+from support import cli, run_files, runtime, tokenizer
 from support.cli import Dtype, UserError, flag
 from support.linear import cast_once
 
@@ -141,7 +141,7 @@ def main() -> int:
     s = cli.parse(Settings, "Sample from a model.")
     check_settings(s)
     rt = runtime.start(s.device, s.dtype)
-    model = GPT.from_pretrained(run_folder.find_model(s.model)).to(rt.device)
+    model = GPT.from_pretrained(run_files.find_model(s.model)).to(rt.device)
     if model.config.vocab_size != tokenizer.VOCAB_SIZE:
         raise UserError(f"--model {s.model}: has {model.config.vocab_size} token ids, not GPT-2's 50257")
     try:

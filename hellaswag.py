@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import GPT
-from support import cli, hardware, hellaswag_data, run_folder, runtime, tokenizer
+from support import cli, hardware, hellaswag_data, run_files, runtime, tokenizer
 from support.cli import Dtype, UserError
 from support.runtime import Runtime
 
@@ -82,8 +82,8 @@ def prepare(data: str, rt: Runtime, required: bool) -> tuple[list[Example], str]
     """
     try:
         if not data:
-            rt.run_on_some(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
-        return rt.run_on_some(True, lambda: load(Path(data) if data else None)), ""
+            rt.run_on(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
+        return rt.run_on(True, lambda: load(Path(data) if data else None)), ""
     except UserError as error:
         if data and required:
             raise
@@ -295,9 +295,9 @@ def main() -> None:
 
 def score_and_print(s: Settings, rt: Runtime) -> None:
     """Evaluate the model of the settings, and print its scores beside the published ones."""
-    folder = run_folder.find_model(s.model)  # before a download: it says if there is no run
+    folder = run_files.find_model(s.model)  # before a download: it says if there is no run
     if s.data is None:
-        rt.run_on_some(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
+        rt.run_on(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
     examples = load(s.data, s.style, s.limit)
     model = GPT.from_pretrained(folder).to(rt.device)
     begin = time.perf_counter()

@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 
 import hellaswag
-from support import cli, files, metrics, run_folder
+from support import cli, files, metrics, run_files
 from support.cli import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Settings:
 
 def plot_run(run: Path) -> Path:
     """Draw loss_curves.png in a run folder; returns its path."""
-    return plot([run], run / run_folder.FIGURE)
+    return plot([run], run / run_files.FIGURE)
 
 
 def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> Path:
@@ -71,7 +71,7 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
 
 def _figure_file(out: Path) -> Path:
     if os.path.isdir(out):
-        return out / run_folder.FIGURE
+        return out / run_files.FIGURE
     if out.suffix in ("", "."):
         return out.with_name(f"{out.name}.png")
     if out.suffix.lower() not in SUFFIXES:
@@ -260,9 +260,9 @@ def read_run(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Raises UserError if there is nothing to read, or nothing to draw.
     """
     is_folder = os.path.isdir(path)  # unlike Path.is_dir, no error for a name that is too long
-    file = path / run_folder.METRICS if is_folder else path
+    file = path / run_files.METRICS if is_folder else path
     if not os.path.isfile(file):
-        others = run_folder.runs_below(path) if is_folder else ""
+        others = run_files.runs_below(path) if is_folder else ""
         raise UserError(
             f"{path}: no run there that can be read: name a run folder, a metrics.jsonl or a plain log"
             f"{others}"
@@ -311,9 +311,7 @@ def _plain_lines(file: Path) -> list[tuple[str, int, object]]:
 
 def _labels(runs: list[Path]) -> list[str]:
     """A name for each run: its folder's, or its path if names repeat."""
-    sources = [
-        run.parent if run.name.lower() == run_folder.METRICS and run.is_file() else run for run in runs
-    ]
+    sources = [run.parent if run.name.lower() == run_files.METRICS and run.is_file() else run for run in runs]
     sources = [source.resolve() if source.name in ("", "..") else source for source in sources]
     names = [source.stem if source.is_file() else source.name for source in sources]
     if len(set(names)) < len(names):
@@ -373,9 +371,9 @@ def _outlines(path: str, characters: set[str]) -> set[str]:
 def main() -> None:
     settings = cli.parse(Settings, "Draw the loss curves of one run or several.")
     first = settings.runs[0]
-    out = Path(settings.out or (first if os.path.isdir(first) else first.parent) / run_folder.FIGURE)
+    out = Path(settings.out or (first if os.path.isdir(first) else first.parent) / run_files.FIGURE)
     if settings.out and settings.out.endswith(("/", os.sep)):
-        out /= run_folder.FIGURE
+        out /= run_files.FIGURE
     print(plot(settings.runs, out, settings.log_x, settings.smooth))
 
 

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import functools
 import math
 import signal
 from collections.abc import Iterable, Iterator
@@ -24,14 +23,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 import dataloader
+import evaluation
 import hellaswag
 import optim
 import plot_loss
 from dataloader import TokenStream
+from evaluation import is_due
 from model import GPT, GPTConfig
 from pre_tokens import builtin_corpus, fetch_tokens_hf, shards
 from settings import PRESETS, SHAPE, Settings, check_settings, read_settings
@@ -39,21 +39,18 @@ from support import (
     checkpoint,
     cli,
     compiler,
-    files,
     hardware,
-    metrics,
     push,
     report,
+    run_files,
     run_folder,
     runtime,
-    sampling,
     tokenizer,
 )
-from support.attempts import Attempts
 from support.cli import UserError
 from support.loss import default_chunks
-from support.metrics import Metrics
 from support.progress import Clock, Progress
+from support.run_folder import RunFolder
 from support.runtime import Runtime
 
 # ---------------------------------------------------------------- one step
@@ -144,86 +141,57 @@ def build_trainer(s: Settings, rt: Runtime, model: GPT) -> Trainer:
 
 
 @dataclass
+class Data:
+    """What a run trains and is evaluated on."""
+
+    train: TokenStream
+    val: TokenStream
+    hellaswag: list[hellaswag.Example]
+    hellaswag_error: str  # why there are no examples although the settings ask for them
+
+
+@dataclass
 class Run:
-    """What `set_up` builds and the loop uses."""
+    """Everything that the loop and the evaluations use."""
 
     settings: Settings
     rt: Runtime
-    clock: Clock
-    metrics: Metrics
-    train_stream: TokenStream
-    val_stream: TokenStream
-    hellaswag_examples: list[hellaswag.Example]
     trainer: Trainer
-    identity: dict[str, object]  # what a resumed run must have in common with this one
-    writer: checkpoint.Writer
-    attempt: Attempts  # at what may fail without ending the run
-    pusher: push.Pusher  # does nothing without --push-to-hub
-    steps_done: int  # before this process started: 0, or the step of the checkpoint it resumed from
-    last_step: int  # --max-steps, or the step at which --patience ran out
-    lock: FileLock | None  # of the run folder, held by rank 0 as long as this object lives
+    data: Data
+    folder: RunFolder
 
-    def say(self, step: int, text: str) -> None:
-        """Print a line about `step`, on rank 0."""
+    def log(self, step: int, text: str, kind: str, /, **values: object) -> None:
+        """Print a line about `step` on rank 0, and add a record to the metrics."""
         self.rt.say(f"step {step}/{self.settings.max_steps} | {text}")
+        self.folder.metrics.log(step, kind, **values)
 
 
 def set_up(s: Settings, rt: Runtime) -> Run:
-    """Everything a run needs, from settings to a resumed state. Raises UserError on a user's mistake."""
+    """Build everything a run needs, and resume it. Raises UserError on a mistake in settings or data."""
     clock = Clock()
-    rt.run_on_some(rt.is_main, lambda: run_folder.check(s))  # before anything is fetched into it
+    rt.run_on(rt.is_main, lambda: run_folder.check(s))  # before anything is fetched into it
     if s.init_from == "scratch":  # before anything is fetched; other models first say how large they are
         refuse_long_run(s, scratch_config(s), rt)
     s = dataclasses.replace(s, compile=not rt.on_any(not s.compile))  # the default of one GPU may differ
     if s.compile:
         compiler.try_out(rt)
-    hub_state = rt.run_on_some(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
-    model = rt.run_on_some(True, lambda: build_model(s, rt.device))
+    hub_head = rt.run_on(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
+    model = rt.run_on(True, lambda: build_model(s, rt.device))
     hardware.avoid_faulty_attention(s.sequence_length, s.dropout)
     s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # to be recorded
     if s.init_from != "scratch":
         refuse_long_run(s, model.config, rt)
     with clock("data"):
-        rt.run_on_some(rt.local_rank == 0, lambda: prepare_data(s), fetches=True)
-        train_stream, val_stream = rt.run_on_some(True, lambda: open_streams(s))
-        if not all(rt.agree(int(each.fingerprint(), 16) >> 1) for each in (train_stream, val_stream)):
-            raise UserError(f"--data-dir {s.data_dir}: not the same shards on every machine: copy them over")
-        examples, problem = [], ""
-        if s.hellaswag_interval:  # a file that is damaged later must not end a restart loop
-            begun = rt.on_any(s.resume and len(checkpoint.folders(s.out_dir)) > 0)
-            examples, problem = hellaswag.prepare(s.hellaswag_data, rt, required=not begun)
-
-    examples = hellaswag.truncate_contexts(examples, model.config.block_size)
+        data = prepare_data(s, rt, model.config.block_size)
     trainer = build_trainer(s, rt, model)
-
-    # Not before now: a mistake in the settings or the data must not leave a run folder behind.
-    claimed = rt.run_on_some(rt.is_main, lambda: run_folder.claim(s))
-    newest, lock = claimed or (None, None)
-    steps_done = checkpoint.step_of(newest) if newest else 0
-    [steps_done] = rt.highest(steps_done)  # rank 0 tells the others
-    identity = checkpoint.identity(s, model.config, train_stream.fingerprint())
-    if steps_done:
-        folder = checkpoint.folder_of(s.out_dir, steps_done)
-        earlier = lambda: checkpoint.restore(folder, model, trainer.optimizers, trainer.scaler, identity)  # noqa: E731
-        clock.add(rt.run_on_some(True, earlier))
-    if steps_done > s.max_steps:
-        raise UserError(
-            f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {steps_done} steps"
-        )
-    B = trainer.micro_batch_size
-    facts = {"data": shards.describe(s.data_dir, train_stream.shards), "micro_batch_size": B}
-    facts |= {"parameters": model.config.n_parameters, "hardware": hardware.describe(rt)}
-    record = run_folder.open_record(s, facts, steps_done, silent=not rt.is_main)
-    if problem:
-        record.log(steps_done, "event", name="evaluation failed", what="HellaSwag", reason=problem)
-    run = Run(
-        settings=s, rt=rt, clock=clock, trainer=trainer, train_stream=train_stream, val_stream=val_stream,
-        lock=lock, metrics=record, attempt=Attempts(rt, record, steps_done), steps_done=steps_done,
-        hellaswag_examples=examples, last_step=s.max_steps, identity=identity, writer=checkpoint.Writer(),
-        pusher=push.Pusher(s, hub_state, newest, not rt.is_main),
-    )  # fmt: skip
-    report.at_start(s, rt, model.config, len(train_stream), B, trainer.accumulation_steps, steps_done)
-    return run
+    folder = RunFolder(s, rt, clock, hub_head)  # last, so that bad settings leave nothing behind
+    facts = {"data": shards.describe(s.data_dir, data.train.shards)}
+    folder.resume(trainer, data.train.fingerprint(), facts)
+    if data.hellaswag_error:
+        event = {"name": "evaluation failed", "what": "HellaSwag", "reason": data.hellaswag_error}
+        folder.metrics.log(folder.steps_done, "event", **event)
+    report.at_start(s, trainer, len(data.train) * s.sequence_length, folder.steps_done)
+    return Run(s, rt, trainer, data, folder)
 
 
 def scratch_config(s: Settings, padded: int = 0) -> GPTConfig:
@@ -238,7 +206,21 @@ def refuse_long_run(s: Settings, config: GPTConfig, rt: Runtime) -> None:
     hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
 
 
-def prepare_data(s: Settings) -> None:
+def prepare_data(s: Settings, rt: Runtime, block_size: int) -> Data:
+    """Fetch or build the shards and the HellaSwag examples that are missing, and open them on all ranks."""
+    rt.run_on(rt.local_rank == 0, lambda: fetch_shards(s), fetches=True)
+    train, val = rt.run_on(True, lambda: open_streams(s))
+    if not all(rt.agree(int(each.fingerprint(), 16) >> 1) for each in (train, val)):
+        raise UserError(f"--data-dir {s.data_dir}: not the same shards on every machine: copy them over")
+    if not s.hellaswag_interval:
+        return Data(train, val, [], "")
+    # Once a run has begun, a file that is damaged must not end a restart loop.
+    begun = rt.on_any(s.resume and len(checkpoint.folders(s.out_dir)) > 0)
+    examples, error = hellaswag.prepare(s.hellaswag_data, rt, required=not begun)
+    return Data(train, val, hellaswag.truncate_contexts(examples, block_size), error)
+
+
+def fetch_shards(s: Settings) -> None:
     """Fetch or build missing shards; ensure that --data-dir holds every shard that its manifest lists."""
     if s.dataset_repo == "builtin" and s.data_dir == PRESETS["demo"].data_dir:
         builtin_corpus.complete(s.data_dir)
@@ -250,8 +232,8 @@ def prepare_data(s: Settings) -> None:
 def open_streams(s: Settings) -> tuple[TokenStream, TokenStream]:
     """The sequences for training and for validation."""
     data = shards.find_shards(s.data_dir, s.num_shards)
-    train_stream = TokenStream(data["train"], s.sequence_length, s.seed, s.shuffle)
-    return train_stream, TokenStream(data["val"], s.sequence_length)
+    train = TokenStream(data["train"], s.sequence_length, s.seed, s.shuffle)
+    return train, TokenStream(data["val"], s.sequence_length)
 
 
 def build_model(s: Settings, device: torch.device) -> GPT:
@@ -263,7 +245,7 @@ def build_model(s: Settings, device: torch.device) -> GPT:
     else:
         # A resumed run starts from its own checkpoint, restored later: --init-from may be gone by then.
         begun = checkpoint.latest_intact(s.out_dir)[0] if s.resume else None
-        model = GPT.from_pretrained(begun or run_folder.find_model(s.init_from), padded, s.dropout)
+        model = GPT.from_pretrained(begun or run_files.find_model(s.init_from), padded, s.dropout)
         if model.config.vocab_size != tokenizer.VOCAB_SIZE:
             raise UserError(
                 f"--init-from {s.init_from}: {model.config.vocab_size} token ids, the data has GPT-2's 50257"
@@ -284,171 +266,72 @@ def build_model(s: Settings, device: torch.device) -> GPT:
 
 
 def train(s: Settings) -> int:
-    """Train as the settings say. Returns the exit status: 0, or 128 + signal if one ended the run."""
+    """Train with these settings. Returns the exit status: 0, or 128 + signal if one ended the run."""
     check_settings(s, runtime.world_size())
     with runtime.start(s.device, s.dtype) as rt:
         run = set_up(s, rt)
         status = run_steps(run)
-        run.pusher.close(run.metrics)
-    run.metrics.close()
+        run.folder.close()
     return status
 
 
 def run_steps(run: Run) -> int:
-    """All optimizer steps that are left, and what is due between them. Returns the exit status."""
-    s, rt, trainer = run.settings, run.rt, run.trainer
-    rt.stop.listen(announce=rt.is_main, agent=rt.agent)
+    """Do the optimizer steps that are left; save and evaluate between them. Returns the exit status."""
+    s, rt, trainer, folder = run.settings, run.rt, run.trainer, run.folder
+    step, last_step, stopped_by = folder.steps_done, s.max_steps, 0  # stopped_by: the number of a signal
     batches = dataloader.train_batches(
-        run.train_stream, run.steps_done, s.total_batch_size // s.sequence_length, trainer.micro_batch_size,
+        run.data.train, step, s.total_batch_size // s.sequence_length, trainer.micro_batch_size,
         rt.rank, rt.world_size, rt.device,
     )  # fmt: skip
-    step = run.steps_done
-    stopped = evaluate(run, step)  # at a resume only what the record of this step lacks
-    flops_per_token = trainer.model.config.flops_per_token(s.sequence_length)
-    peak_flops = hardware.peak_flops(rt.device, rt.dtype)
-    progress = Progress(s, rt, run.metrics, run.writer, flops_per_token, peak_flops, run.attempt.seconds)
-    with contextlib.closing(batches), run.clock("training"):
-        while step < run.last_step and not stopped:
+    progress = Progress(s, rt, folder, trainer.model.config.flops_per_token(s.sequence_length))
+    rt.stop.listen(announce=rt.is_main, agent=rt.agent)
+    with contextlib.closing(batches), folder.clock("training"):
+        while True:
+            last = step == last_step
+            done = last or stopped_by > 0
+            if done or (progress.healthy and (save_is_due(s, step) or progress.overdue)):
+                folder.save(step, trainer, wait=done)
+            if not stopped_by and (last or evaluation_is_due(s, step)):
+                stopped_by = evaluation.evaluate(run, step, last)
+                if not (last or stopped_by) and evaluation.out_of_patience(run, step):
+                    last_step = step
+            if done:
+                break
+            if stopped_by or step == last_step:
+                continue  # the evaluation has ended the run: save this step first
             step += 1
             progress.begin()
             lr = optim.set_learning_rates(trainer.optimizers, step, s)
-            rt.stop.wants_checkpoint = rt.is_main and run.writer.is_overdue(s.checkpoint_minutes)
+            rt.stop.wants_checkpoint = folder.checkpoint_is_overdue()
             progress.add(step, lr, trainer.step(batches))  # nothing waits for the device
-            last = step == run.last_step
-            to_save = last or is_due(step, s.checkpoint_interval, s.val_interval if s.keep_best else 0)
-            pause = to_save or is_due(step, s.val_interval, s.hellaswag_interval, s.sample_interval)
-            stopped, overdue = progress.report(catch_up=pause)  # of any process, read with the step's numbers
-            if stopped:
-                break
-            healthy = progress.bad_steps == 0  # weights that no longer give a finite loss are not kept
-            if last or (healthy and (to_save or overdue)):
-                save(run, step, wait=last)
-            if pause:
-                stopped = evaluate(run, step)
-    if step < s.max_steps and not stopped:  # --patience has run out
-        save(run, step, wait=True)
-        stopped = evaluate(run, step)  # what only the last step has
-    if stopped:
-        if step > run.steps_done and rt.on_any(rt.is_main and not run.writer.has_written(step)):
-            save(run, step, wait=True)
+            # On a GPU this reports the step before, unless the run pauses here anyway.
+            pause = step == last_step or save_is_due(s, step) or evaluation_is_due(s, step)
+            stopped_by = progress.report(catch_up=pause)
+    if stopped_by:
         how = run_folder.how_to_continue(s.out_dir, s.overwrite, rt.world_size)
-        rt.say(f"stopped by {signal.Signals(stopped).name} after step {step}: {how}")
-        return 128 + stopped
+        rt.say(f"stopped by {signal.Signals(stopped_by).name} after step {step}: {how}")
+        return 128 + stopped_by
     finish(run, step)
     return 0
 
 
-def is_due(step: int, *intervals: int) -> bool:
-    """Whether anything that happens every so many steps (0: never) happens after `step`."""
-    return any(interval > 0 and step % interval == 0 for interval in intervals)
+def save_is_due(s: Settings, step: int) -> bool:
+    """True if a checkpoint is due after `step` by the intervals; --checkpoint-minutes is apart from them."""
+    return is_due(step, s.checkpoint_interval, s.val_interval if s.keep_best else 0)
 
 
-# ---------------------------------------------------------------- between steps
-
-
-def evaluate(run: Run, step: int) -> int:
-    """Validation and HellaSwag if due after `step`, or if it is the last; samples if due (not the last).
-
-    What the record of the step has already is not repeated. With --patience this may become the last step.
-    Returns the number of the signal that has cut it off, or 0.
-    """
-    s, rt, examples = run.settings, run.rt, run.hellaswag_examples
-    last = step == run.last_step
-    with run.clock("evaluation"):
-        if s.val_interval and (is_due(step, s.val_interval) or last):
-            share = run.attempt(step, "validation", lambda: validate(run))
-            if share is not None:
-                val_loss = float(rt.all_reduce(share))
-                run.say(step, f"validation loss {val_loss:.4f}")
-                run.metrics.log(step, "val", loss=val_loss)
-            if s.patience and not last and not run.attempt.stopped_by and out_of_patience(run, step):
-                run.last_step = step
-        if examples and (is_due(step, s.hellaswag_interval) or last):
-            # On the module itself: its batches have many shapes, and each would be compiled anew.
-            correct = run.attempt(
-                step, "HellaSwag", lambda: hellaswag.count_correct(run.trainer.model, examples, rt)
-            )
-            if correct is not None:
-                score = hellaswag.total_score(correct, len(examples), rt)
-                run.say(step, f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}")
-                run.metrics.log(step, "hellaswag", acc=score.acc, acc_norm=score.acc_norm, n=score.n)
-        if step and is_due(step, s.sample_interval) and not last:
-            samples = draw_samples(run, step, "samples") or []
-            for text in samples[:: sampling.SAMPLES_PER_PROMPT]:
-                run.say(step, f"sample: {text!r}")
-                run.metrics.log(step, "event", name="sample", text=text)
-    return run.attempt.stopped_by
-
-
-def draw_samples(run: Run, step: int, what: str) -> list[str] | None:
-    """Samples of the model on rank 0; None elsewhere, and where they fail. what: their name in messages."""
-    work = functools.partial(sampling.draw_samples, run.trainer.model, run.settings.seed)
-    return run.attempt(step, what, work, here=run.rt.is_main)
-
-
-def out_of_patience(run: Run, step: int) -> bool:
-    """Whether the last --patience validations brought no lower loss. Every process has to call it."""
-    s, rt = run.settings, run.rt
-    stale, best = run_folder.stale_validations(s.out_dir) if rt.is_main else (0, None)
-    if not rt.on_any(stale >= s.patience):
-        return False
-    run.say(step, f"--patience {s.patience}: ending, as no loss is below that of step {best}")
-    run.metrics.log(step, "event", name="patience ran out", validations=stale, best_step=best)
-    return True
-
-
-def validate(run: Run) -> Tensor:
-    """This process's share of the mean loss over the first --val-tokens of validation data: float64 ()."""
-    s, rt, stream, trainer = run.settings, run.rt, run.val_stream, run.trainer
-    n_sequences = max(1, min(s.val_tokens // s.sequence_length, len(stream)))
-    batches = dataloader.val_batches(
-        stream, n_sequences, trainer.micro_batch_size, rt.rank, rt.world_size, rt.device
-    )
-    return trainer.validate(rt.stop.interrupting(batches), n_sequences * s.sequence_length)
-
-
-def save(run: Run, step: int, wait: bool) -> None:
-    """Write the checkpoint of `step` in the background, or, with `wait`, before returning.
-
-    With --reload-checkpoints, also load it and continue from what was read. A write that failed is recorded,
-    and this one awaited: if it fails too, it raises UserError.
-    """
-    s, rt, trainer = run.settings, run.rt, run.trainer
-    folder = checkpoint.folder_of(s.out_dir, step)
-    with run.clock("checkpoints"):
-        optimizer_state = checkpoint.optimizer_state(trainer.model, trainer.optimizers)  # on every process
-        if rt.is_main:
-            if failure := run.writer.wait():
-                run.say(step, f"warning: {failure}")
-                run.metrics.log(step, "event", name="checkpoint failed", reason=str(failure))
-            run.metrics.sync()
-            state = {"step": step, "identity": run.identity, "optimizer": optimizer_state}
-            state |= {"scaler": trainer.scaler.state_dict(), "seconds": run.clock.seconds()}
-            message = f"step {step}/{s.max_steps} | checkpoint {folder}"
-            snapshot = checkpoint.snapshot(trainer.model, state)
-            best = run_folder.by_validation_loss(s.out_dir)[:1] if s.keep_best else ()
-            run.writer.start(s.out_dir, step, snapshot, s.keep_checkpoints, message, spared=best)
-            run.pusher.send(run.metrics, step, folder, run.writer.writing)
-            if (wait or failure or s.reload_checkpoints) and (failure := run.writer.wait()):
-                raise failure
-        if s.reload_checkpoints:
-            rt.barrier()
-            checkpoint.restore(folder, trainer.model, trainer.optimizers, trainer.scaler, run.identity)
-            run.say(step, "checkpoint loaded back")
+def evaluation_is_due(s: Settings, step: int) -> bool:
+    """True if any evaluation is due after `step` by the intervals."""
+    return is_due(step, s.val_interval, s.hellaswag_interval, s.sample_interval)
 
 
 def finish(run: Run, step: int) -> None:
-    """Write samples.txt, summary.json and loss_curves.png, and say where they are."""
-    s, rt, folder = run.settings, run.rt, run.settings.out_dir
-    samples = draw_samples(run, step, run_folder.SAMPLES)
-    figure = run.attempt(step, run_folder.FIGURE, lambda: plot_loss.plot_run(folder), here=rt.is_main)
+    """Write samples.txt, loss_curves.png and summary.json, and print where they are."""
+    s, rt, attempt = run.settings, run.rt, run.folder.attempt
+    samples = evaluation.draw_samples(run, step, run_files.SAMPLES)
+    figure = attempt(step, run_files.FIGURE, lambda: plot_loss.plot_run(s.out_dir), on_this_rank=rt.is_main)
     if rt.is_main:
-        if samples:
-            files.write_atomically(folder / run_folder.SAMPLES, "\n\n---\n\n".join(samples) + "\n")
-        records, n_parameters = metrics.read(run.metrics.path), run.trainer.model.config.n_parameters
-        tokens, seconds, machine = step * s.total_batch_size, run.clock.seconds(), hardware.describe(rt)
-        run_folder.write_summary(folder, records, n_parameters, step, tokens, seconds, machine)
-        report.at_end(folder, records, samples, figure)
+        report.at_end(s, run.trainer, step, run.folder.clock.seconds(), samples, figure)
     rt.barrier()
 
 
@@ -457,8 +340,8 @@ def main() -> int:
     try:
         return train(settings)
     except torch.OutOfMemoryError as error:
-        record = settings.out_dir / run_folder.CONFIG
-        raise UserError(f"out of GPU memory: lower --micro-batch-size (its value is in {record})") from error
+        config = settings.out_dir / run_files.CONFIG
+        raise UserError(f"out of GPU memory: lower --micro-batch-size (its value is in {config})") from error
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import hellaswag
 from model import GPT, GPTConfig
-from support import checkpoint, cli, hub, metrics, pretrained, run_folder, tokenizer
+from support import checkpoint, cli, hub, metrics, pretrained, run_files, tokenizer
 from support.cli import UserError
 
 MODEL_FILES = (
@@ -32,11 +32,11 @@ MODEL_FILES = (
 )  # fmt: skip
 # The run's files: name in the folder -> name on the Hub, where config.json is the model's.
 RUN_FILES = {
-    run_folder.METRICS: run_folder.METRICS,
-    run_folder.CONFIG: "training_config.json",
-    run_folder.SUMMARY: run_folder.SUMMARY,
-    run_folder.SAMPLES: run_folder.SAMPLES,
-    run_folder.FIGURE: run_folder.FIGURE,
+    run_files.METRICS: run_files.METRICS,
+    run_files.CONFIG: "training_config.json",
+    run_files.SUMMARY: run_files.SUMMARY,
+    run_files.SAMPLES: run_files.SAMPLES,
+    run_files.FIGURE: run_files.FIGURE,
 }
 
 
@@ -76,10 +76,10 @@ def pick_checkpoint(run: Path, step: int | Literal["best"] | None) -> Path:
         if problems:
             raise UserError(f"{problems[0]}: --checkpoint STEP sends an older one")
         if folder is None:
-            raise UserError(f"--run {run}: contains no checkpoint{run_folder.runs_below(run)}")
+            raise UserError(f"--run {run}: contains no checkpoint{run_files.runs_below(run)}")
         return folder
     if step == "best":
-        return run_folder.best_checkpoint(run)
+        return run_files.best_checkpoint(run)
     folder = checkpoint.folder_of(run, step)
     if not folder.is_dir():
         steps = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.folders(run)) or "none"
@@ -99,8 +99,8 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
         if not path.is_file():
             raise UserError(f"{path}: missing: a model is not complete without it: send another --checkpoint")
     unsent = {name: f"missing: {run / name}" for name in RUN_FILES if not (run / name).is_file()}
-    if run_folder.step_of_summary(run) != (step := checkpoint.step_of(folder)):
-        for name in {run_folder.SUMMARY, run_folder.SAMPLES} - set(unsent):
+    if run_files.step_of_summary(run) != (step := checkpoint.step_of(folder)):
+        for name in {run_files.SUMMARY, run_files.SAMPLES} - set(unsent):
             unsent[name] = f"left out: {run / name}: not of step {step}"
     files |= {there: run / name for name, there in RUN_FILES.items() if name not in unsent}
     files |= {path.name: path for path in sorted(run.glob("[!.]*.png"))}
@@ -150,12 +150,12 @@ def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
     """The README.md: recipe, data, losses, HellaSwag, hardware, time, usage, figure, samples."""
     run, repo_id = s.run, s.repo_id
     config = (
-        json.loads((run / run_folder.CONFIG).read_text(encoding="utf-8-sig"))
+        json.loads((run / run_files.CONFIG).read_text(encoding="utf-8-sig"))
         if "training_config.json" in files
         else {}
     )
     settings, hardware = config.get("settings", {}), config.get("hardware", {})
-    records = [r for r in metrics.read(run / run_folder.METRICS) if r["step"] <= step]
+    records = [r for r in metrics.read(run / run_files.METRICS) if r["step"] <= step]
     last = {record["kind"]: record for record in records}
     shape = json.loads(files["config.json"].read_text(encoding="utf-8"))
     rows = {

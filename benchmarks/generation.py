@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import GPT, GPTConfig
-from support import cli, run_folder, runtime
+from support import cli, run_files, runtime
 from support.linear import Linear, cast_once
 from support.runtime import Runtime
 
@@ -101,7 +101,7 @@ def main() -> None:
     import transformers
 
     torch.manual_seed(0)
-    model = GPT.from_pretrained(run_folder.find_model(s.model)) if s.model else GPT(GPTConfig())
+    model = GPT.from_pretrained(run_files.find_model(s.model)) if s.model else GPT(GPTConfig())
     model.to(s.device)
     device = torch.device(s.device)
     dtypes = dict.fromkeys((torch.float32, runtime.pick_dtype(device, "auto")))

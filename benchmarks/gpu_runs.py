@@ -23,6 +23,7 @@ from ladder import Recipe
 
 import bench
 import dataloader
+import evaluation
 import hellaswag
 import train_gpt2
 from settings import PRESETS, read_settings
@@ -264,7 +265,7 @@ def costs(part: Part) -> dict[str, float]:
     run = train_gpt2.set_up(s, rt)
     s = run.settings
     B, sequences = run.trainer.micro_batch_size, s.total_batch_size // s.sequence_length
-    batches = dataloader.train_batches(run.train_stream, 0, sequences, B, 0, 1, rt.device)
+    batches = dataloader.train_batches(run.data.train, 0, sequences, B, 0, 1, rt.device)
     with contextlib.closing(batches):
         run.trainer.step(batches)  # there are checkpoints of optimizer states only after a step
     none = {"val_interval": 0, "hellaswag_interval": 0, "sample_interval": 0}
@@ -272,18 +273,20 @@ def costs(part: Part) -> dict[str, float]:
     for number, kind in enumerate(("val", "hellaswag", "sample")):
         run.settings = dataclasses.replace(s, **{**none, f"{kind}_interval": 1})
         for step in (2 * number + 1, 2 * number + 2):
-            found[f"{kind}_seconds"] = seconds_of(lambda step=step: train_gpt2.evaluate(run, step), rt)
+            work = functools.partial(evaluation.evaluate, run, step, last=False)
+            found[f"{kind}_seconds"] = seconds_of(work, rt)
     run.settings = s
     for step in (7, 8):
-        found["checkpoint_seconds"] = seconds_of(lambda step=step: train_gpt2.save(run, step, wait=False), rt)
-        found["checkpoint_written_seconds"] = seconds_of(run.writer.wait, rt)
-    for record in metrics.read(run.metrics.path):
+        work = functools.partial(run.folder.save, step, run.trainer, wait=False)
+        found["checkpoint_seconds"] = seconds_of(work, rt)
+        found["checkpoint_written_seconds"] = seconds_of(run.folder.writer.wait, rt)
+    for record in metrics.read(run.folder.metrics.path):
         if record.get("name") == "evaluation failed" and record["step"]:  # and so took no time
             raise UserError(f"{record['what']}: {record['reason']}")
         if record["kind"] == "val":
             bench.check_finite(record["loss"])
-    found["val_tokens"] = min(s.val_tokens, len(run.val_stream) * s.sequence_length)
-    found["hellaswag_examples"] = len(run.hellaswag_examples)
+    found["val_tokens"] = min(s.val_tokens, len(run.data.val) * s.sequence_length)
+    found["hellaswag_examples"] = len(run.data.hellaswag)
     return found
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import hellaswag
 from model import GPT, GPTConfig
-from support import cli, hardware, run_folder, runtime
+from support import cli, hardware, run_files, runtime
 from support.cli import Dtype
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     s = cli.parse(Settings, "Measure HellaSwag.")
     rt = runtime.start(s.device, s.dtype)
     torch.manual_seed(0)
-    model = GPT.from_pretrained(run_folder.find_model(s.model)) if s.model else GPT(GPTConfig())
+    model = GPT.from_pretrained(run_files.find_model(s.model)) if s.model else GPT(GPTConfig())
     model.to(rt.device)
     examples = hellaswag.load(s.data, limit=s.limit)
     todo = hellaswag.batches(examples, hellaswag.BATCH_TOKENS[rt.device.type])

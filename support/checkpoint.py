@@ -20,6 +20,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,10 @@ from torch import Tensor, nn
 from support import pretrained, tokenizer
 from support.cli import UserError
 from support.files import check_regular, flush_to_disk, make_folder, remove, replace, sha256_of
+
+if TYPE_CHECKING:
+    from model import GPTConfig
+    from settings import Settings
 
 FOLDER = "checkpoints"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -62,7 +67,7 @@ class Snapshot:
     """What a checkpoint contains, in the host's memory: training can continue while it is written."""
 
     weights: dict[str, Tensor]
-    config: pretrained.ModelShape
+    config: "GPTConfig"
     training_state: dict[str, object]
 
 
@@ -97,17 +102,17 @@ class Writer:
         state: Snapshot,
         keep: int,
         message: str,
-        spared: Collection[Path] = (),
+        keep_also: Collection[Path] = (),
     ) -> None:
         """Start to `save`; print `message` once the checkpoint is on the disk. `wait` before the next."""
         assert self.writing is None
         self.started = time.monotonic()
-        self.writing = self.pool.submit(self._save, out_dir, step, state, keep, message, spared)
+        self.writing = self.pool.submit(self._save, out_dir, step, state, keep, message, keep_also)
 
     def _save(
-        self, out_dir: Path, step: int, state: Snapshot, keep: int, message: str, spared: Collection[Path]
+        self, out_dir: Path, step: int, state: Snapshot, keep: int, message: str, keep_also: Collection[Path]
     ) -> None:
-        save(out_dir, step, state, keep, spared)
+        save(out_dir, step, state, keep, keep_also)
         self.written = step
         print(message)
 
@@ -130,8 +135,8 @@ class Writer:
         raise error
 
 
-def save(out_dir: Path, step: int, state: Snapshot, keep: int, spared: Collection[Path] = ()) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep` and the `spared`.
+def save(out_dir: Path, step: int, state: Snapshot, keep: int, keep_also: Collection[Path] = ()) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep` and the `keep_also`.
 
     One of this step that is intact stays as it is. Those of later steps go too: a run that resumed before
     them has found them damaged. Returns the folder.
@@ -142,7 +147,7 @@ def save(out_dir: Path, step: int, state: Snapshot, keep: int, spared: Collectio
         _write(folder, state)
     found = folders(out_dir)
     later = found.index(folder)
-    for old in found[:later] + [old for old in found[later + keep :] if old not in spared]:
+    for old in found[:later] + [old for old in found[later + keep :] if old not in keep_also]:
         # Windows refuses while someone reads a file in it: the next checkpoint tries again.
         with contextlib.suppress(PermissionError):
             _remove(old)
@@ -261,7 +266,7 @@ def warn_of_damage(problems: list[str], used: Path) -> None:
 # ---------------------------------------------------------------- loading
 
 
-def identity(settings: object, config: pretrained.ModelShape, data: object) -> dict[str, object]:
+def fingerprint(s: "Settings", config: "GPTConfig", data: str) -> dict[str, object]:
     """What the order of the data and the shape of the state depend on: a resumed run must have the same.
 
     data: the fingerprint of the stream of training data.
@@ -269,7 +274,7 @@ def identity(settings: object, config: pretrained.ModelShape, data: object) -> d
     names = ("sequence_length", "total_batch_size", "seed", "shuffle", "optimizer")
     model = dataclasses.asdict(dataclasses.replace(config, padded_vocab_size=0))
     del model["dropout"]  # may change, like the learning rate
-    return {"model": model, "data": data, **{name: getattr(settings, name) for name in names}}
+    return {"model": model, "data": data, **{name: getattr(s, name) for name in names}}
 
 
 def restore(
@@ -277,17 +282,17 @@ def restore(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
-    identity: dict[str, object],
+    expected: dict[str, object],
 ) -> dict[str, float]:
     """Load weights, optimizer and scaler states; returns the seconds that the run had taken until then.
 
-    Raises UserError if the checkpoint is damaged, or of a run with another `identity`.
+    Raises UserError if the checkpoint is damaged, or of a run with another `fingerprint` than `expected`.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not on this machine: --out-dir must be on a disk that all machines share")
     state = load_training_state(folder)
     names = {"data": "the data (--data-dir, --num-shards)", "model": "the shape of the model"}
-    for key, value in identity.items():
+    for key, value in expected.items():
         saved = state["identity"].get(key)
         if saved != value:
             name = names.get(key, f"--{key.replace('_', '-')}")

@@ -40,7 +40,7 @@ def try_out(rt: Runtime) -> None:
                 f"--compile: fails here ({_reason(error)}): {_fix(error)}, or --no-compile"
             ) from error
 
-    rt.run_on_some(True, attempt)
+    rt.run_on(True, attempt)
 
 
 def _why_not(device: str) -> str:

@@ -6,6 +6,7 @@ There we leave out what is only a precaution.
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -32,6 +33,11 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
         file.flush()
         fsync(file.fileno())
     replace(temporary, path)
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """Replace a JSON file at once, indented for people to read."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def replace(source: Path, target: Path) -> None:

@@ -151,7 +151,7 @@ def refuse_long_runs_on_cpu(device: str, flops: float, rt: Runtime) -> None:
                 "--device cpu if you mean it, --preset demo for a model that a CPU can train"
             )
 
-    rt.run_on_some(rt.is_main, check)  # one process measures: all must come to the same answer
+    rt.run_on(rt.is_main, check)  # one process measures: all must come to the same answer
 
 
 def attention_for_many_shapes(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,24 +10,13 @@ from support.cli import UserError
 from support.gpus import GPUS
 from support.loss import default_chunks
 
+if TYPE_CHECKING:
+    from model import GPTConfig
+
 LINK_EFFICIENCY = 0.8  # share of a link's bandwidth that a large all-reduce reaches
 # Of a GPU's memory the CUDA context takes 1 GB, and a tenth is left for fragments of the allocator's.
 CONTEXT_BYTES = 1e9
 USABLE = 0.9
-
-
-class ModelShape(Protocol):
-    """What a plan needs to know of a model: GPTConfig has it."""
-
-    vocab_size: int
-    n_layer: int
-    n_embd: int
-    dropout: float
-
-    @property
-    def n_parameters(self) -> int: ...
-
-    def flops_per_token(self, sequence_length: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,7 @@ def describe(plan: Plan, sequence_length: int, total_batch_size: int) -> str:
 
 
 def memory_bytes(
-    config: ModelShape,
+    config: "GPTConfig",
     sequence_length: int,
     micro_batch_size: int,
     optimizer: str = "adamw",
@@ -95,7 +84,7 @@ def memory_bytes(
     return state + weights + tokens * d * ((36 + masks) * config.n_layer + 4) + logits
 
 
-def recompute_flops_per_token(config: ModelShape, sequence_length: int) -> float:
+def recompute_flops_per_token(config: "GPTConfig", sequence_length: int) -> float:
     """FLOPs that `recompute` adds for one token: L·(16·d² + 4·d·T), a fifth of a small model's.
 
     The forward pass of the blocks, but for the product that ends each, whose result backward does not need.
@@ -107,7 +96,7 @@ def _fitting(
     room: float,
     sequences: int,
     gpus: int,
-    config: ModelShape,
+    config: "GPTConfig",
     sequence_length: int,
     optimizer: str,
     recompute: bool,
@@ -127,7 +116,7 @@ def all_reduce_seconds(n_bytes: float, processes: int, gigabytes_per_second: flo
 
 def plan(
     hardware: str,
-    config: ModelShape,
+    config: "GPTConfig",
     sequence_length: int,
     total_batch_size: int,
     max_steps: int,

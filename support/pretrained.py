@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from support import hub
 from support.cli import UserError
 from support.files import is_lfs_pointer
+
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG = "config.json"
@@ -48,17 +51,6 @@ SIZE_KEYS = {
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-class ModelShape(Protocol):
-    """The sizes of a model, and its dropout: GPTConfig has them."""
-
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-
-
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
     """Whether a parameter of this name is a matrix of a block: not an embedding, a bias or a LayerNorm's."""
     return parameter.dim() == 2 and not name.endswith(("wte.weight", "wpe.weight"))
@@ -85,7 +77,7 @@ def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     return copies
 
 
-def save(folder: Path, weights: dict[str, Tensor], config: ModelShape) -> None:
+def save(folder: Path, weights: dict[str, Tensor], config: "GPTConfig") -> None:
     """Write model.safetensors, config.json and generation_config.json, for transformers to read.
 
     weights: as `copy_weights` returns them.
@@ -101,7 +93,7 @@ def save(folder: Path, weights: dict[str, Tensor], config: ModelShape) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
-def _huggingface_config(config: ModelShape) -> dict[str, object]:
+def _huggingface_config(config: "GPTConfig") -> dict[str, object]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

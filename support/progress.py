@@ -7,9 +7,9 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from support.cli import UserError
 from support.runtime import Runtime
 
 if TYPE_CHECKING:
+    from settings import Settings
+    from support.run_folder import RunFolder
     from train_gpt2 import StepResult
 
 ACTIVITIES = ("data", "training", "evaluation", "checkpoints")
@@ -125,95 +127,72 @@ class EnqueuedStep:
     numbers: Tensor  # of its StepResult, in the host's memory; valid once `end` is reached
 
 
-class Settings(Protocol):
-    """The training script's settings, of which these are used here."""
-
-    max_steps: int
-    total_batch_size: int
-    max_bad_steps: int
-    val_interval: int
-    hellaswag_interval: int
-    sample_interval: int
-
-
 class Progress:
     """Prints and records steps once their numbers have arrived, on CUDA one step late.
 
-    There the numbers are copied in the background, and a step is reported when the next has been enqueued: to
-    wait for the newest step would leave the GPU idle between steps.
+    There the numbers are copied in the background, and a step is reported when the next has been enqueued.
+    Waiting for the newest step would leave the GPU idle between steps.
     """
 
-    def __init__(
-        self,
-        s: Settings,
-        rt: Runtime,
-        run_metrics: metrics.Metrics,
-        writer: checkpoint.Writer,
-        flops_per_token: float,
-        peak_flops: float | None,
-        pauses: Mapping[str, float],
-    ) -> None:
-        """peak_flops: of one device, if it is known. pauses: seconds that each kind of evaluation takes."""
-        self.rt, self.metrics, self.writer = rt, run_metrics, writer
-        self.say, self.device = rt.say, rt.device
-        self.max_steps = s.max_steps
-        self.tokens_per_step, self.flops_per_token = s.total_batch_size, flops_per_token
-        self.peak_flops = peak_flops * rt.world_size if peak_flops else None
-        self.pauses = pauses
-        self.intervals = {
-            "validation": s.val_interval,
-            "HellaSwag": s.hellaswag_interval,
-            "samples": s.sample_interval,
-        }
+    def __init__(self, s: "Settings", rt: Runtime, folder: "RunFolder", flops_per_token: float) -> None:
+        self.settings, self.rt, self.folder, self.metrics = s, rt, folder, folder.metrics
+        self.flops_per_token = flops_per_token
+        self.peak_flops = hardware.peak_flops(rt.device, rt.dtype)  # of one device; None: unknown
         self.durations: collections.deque[float] = collections.deque(maxlen=100)
-        self.max_bad_steps = s.max_bad_steps
         self.lag = 1 if rt.device.type == "cuda" else 0
         self.pending: collections.deque[EnqueuedStep] = collections.deque()
+        self.overdue = False  # as of the last reported step, a checkpoint is overdue
         self.bad_steps = 0  # in a row
-        earlier = [r["loss"] for r in metrics.read(run_metrics.path) if r["kind"] == "train"]
+        earlier = [r["loss"] for r in metrics.read(folder.metrics.path) if r["kind"] == "train"]
         self.recent_losses = collections.deque((loss for loss in earlier if loss is not None), maxlen=100)
 
+    @property
+    def healthy(self) -> bool:
+        """True unless the last step was bad: weights that give no finite loss are not worth keeping."""
+        return self.bad_steps == 0
+
     def begin(self) -> None:
-        """Note that a step begins."""
-        self.begun = Mark(self.device)
+        """Mark the beginning of a step."""
+        self.begun = Mark(self.rt.device)
 
     def add(self, step: int, lr: float, result: "StepResult") -> None:
         """Note a step that has been enqueued, with its learning rate and result."""
         numbers = torch.stack([result.loss, result.grad_norm, result.scale, *result.votes])
-        if self.device.type == "cuda":
+        if self.rt.device.type == "cuda":
             host = torch.empty_like(numbers, device="cpu", pin_memory=True)
             host.copy_(numbers, non_blocking=True)
         else:
             host = numbers.cpu()
-        self.pending.append(EnqueuedStep(step, lr, self.begun, Mark(self.device), host))
+        self.pending.append(EnqueuedStep(step, lr, self.begun, Mark(self.rt.device), host))
 
-    def report(self, catch_up: bool) -> tuple[int, bool]:
+    def report(self, catch_up: bool) -> int:
         """Report all steps but the newest `lag` (with `catch_up`, all), waiting for their numbers.
 
-        Returns the number of the signal that any process has received, or 0, and whether a checkpoint is
-        overdue. Either means that all steps have been reported.
-        Raises UserError after max_bad_steps steps in a row whose loss or gradient was not finite.
+        Returns the number of the signal that any rank has received, or 0. Reports all steps if there was one,
+        or if a checkpoint is overdue.
+        Raises UserError after --max-bad-steps steps in a row whose loss or gradient was not finite.
         """
-        stop_signal, overdue = 0, False
-        while len(self.pending) > (0 if catch_up or stop_signal or overdue else self.lag):
+        stopped_by, self.overdue = 0, False
+        while len(self.pending) > (0 if catch_up or stopped_by or self.overdue else self.lag):
             enqueued = self.pending.popleft()
             enqueued.end.wait()
             loss, grad_norm, scale, terminated, interrupted, late = enqueued.numbers.tolist()
             self._report(enqueued, loss, grad_norm)
             self._watch(enqueued.step, loss, grad_norm, scale)
             received = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
-            stop_signal, overdue = received or stop_signal, overdue or late > 0
-        return stop_signal, overdue
+            stopped_by, self.overdue = received or stopped_by, self.overdue or late > 0
+        return stopped_by
 
     def _report(self, enqueued: EnqueuedStep, loss: float, grad_norm: float) -> None:
-        step, lr = enqueued.step, enqueued.lr
+        s, step, lr = self.settings, enqueued.step, enqueued.lr
         duration = enqueued.end.seconds_since(enqueued.begin)
-        tokens_per_sec = self.tokens_per_step / duration
-        mfu = self.flops_per_token * tokens_per_sec / self.peak_flops if self.peak_flops else None
+        tokens_per_sec = s.total_batch_size / duration
+        peak = self.peak_flops and self.peak_flops * self.rt.world_size
+        mfu = self.flops_per_token * tokens_per_sec / peak if peak else None
         self.durations.append(duration)
         left = int(self.seconds_left(step))
-        self.say(
-            f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
+        self.rt.say(
+            f"step {step}/{s.max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
             f"{1000 * duration:.0f} ms | {tokens_per_sec:,.0f} tokens/s | "
             + (f"MFU {100 * mfu:.1f} % | " if mfu else "")
             + f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
@@ -227,16 +206,20 @@ class Progress:
             step_ms=1000 * duration,
             tokens_per_sec=tokens_per_sec,
             mfu=mfu,
-            tokens=step * self.tokens_per_step,
+            tokens=step * s.total_batch_size,
         )
 
     def seconds_left(self, step: int) -> float:
-        """Seconds from the end of `step` to the end of the run, evaluations included, as fast as lately."""
-        last = self.max_steps
+        """Seconds from the end of `step` to the end of the run, evaluations included, at the recent pace."""
+        s, last = self.settings, self.settings.max_steps
         seconds = (last - step) * statistics.fmean(self.durations)
-        for what, interval in self.intervals.items():
+        intervals = {
+            "validation": s.val_interval, "HellaSwag": s.hellaswag_interval, "samples": s.sample_interval
+        }  # fmt: skip
+        for name, interval in intervals.items():
             if interval:  # also after the last step, whatever the interval
-                seconds += self.pauses.get(what, 0.0) * (-(-last // interval) - step // interval)
+                evaluations = -(-last // interval) - step // interval
+                seconds += evaluations * self.folder.attempt.seconds.get(name, 0.0)
         return seconds
 
     def _watch(self, step: int, loss: float, grad_norm: float, scale: float) -> None:
@@ -247,19 +230,19 @@ class Progress:
                 self.metrics.log(step, "event", name="loss spike", loss=loss)
             self.recent_losses.append(loss)
             return
-        # In fp16 gradients that overflow are left out and the next step has half the scale. Where the scale
-        # no longer enlarges them, or the loss itself is not finite, a smaller one will not help.
+        # An overflow in fp16 is normal: the step is skipped, and the next one has half the scale. That does
+        # not help if the loss itself is not finite, or if the scale no longer enlarges the gradients.
         if math.isfinite(loss) and scale > 1:
             self.metrics.log(step, "event", name="overflow", scale=scale)
             return
         self.bad_steps += 1
         self.metrics.log(step, "event", name="bad step")
-        if self.bad_steps == self.max_bad_steps:
-            self.writer.wait()  # for a checkpoint that is about to exist
-            self.rt.barrier()  # on rank 0; the others' end would cut it short
-            last_good = next(iter(checkpoint.folders(self.metrics.path.parent)), "the start")
+        if self.bad_steps == self.settings.max_bad_steps:
+            self.folder.writer.wait()  # for a checkpoint that is about to exist
+            self.rt.barrier()  # or the end of the other ranks would cut the writing short
+            last_good = next(iter(checkpoint.folders(self.settings.out_dir)), "the start")
             raise UserError(
                 f"step {step}: loss or gradient not finite for --max-bad-steps {self.bad_steps} steps in a "
                 f"row, all skipped: --resume continues from {last_good}; lower --learning-rate"
-                + (f", or set {variable}" if (variable := hardware.without_cudnn(self.device)) else "")
+                + (f", or set {variable}" if (variable := hardware.without_cudnn(self.rt.device)) else "")
             )

@@ -12,15 +12,17 @@ import shutil
 import threading
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from support import checkpoint, files, hub, metrics, remote, run_folder
+from support import checkpoint, files, hub, metrics, remote, run_files
 from support.cli import UserError
 from support.metrics import Metrics
 from support.remote import Remote
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
+
+    from settings import Settings
 
 ARRIVING = ".from-hub"  # folder for files on their way back
 PINNED = ".pushing-"  # prefix of a folder with links to a checkpoint that is being sent
@@ -29,21 +31,10 @@ TRIED_AGAIN = "it will be tried again"
 LAST_WAIT = 600  # seconds for the last push of a run, below the processes' patience with each other
 
 
-class Settings(Protocol):
-    """The training script's settings, of which these are used here."""
-
-    out_dir: Path
-    resume: bool
-    overwrite: bool
-    keep_best: bool
-    push_to_hub: str
-    push_public: bool
-
-
 # ---------------------------------------------------------------- at the start of a run
 
 
-def prepare(s: Settings) -> str | None:
+def prepare(s: "Settings") -> str | None:
     """Create the repository, or bring back the run that it holds if --resume finds less in the run folder.
 
     Returns the newest commit; None without --push-to-hub, or if the Hub is out of reach and the run can
@@ -90,7 +81,7 @@ def _newest_step(out_dir: Path) -> int | None:
     return checkpoint.step_of(newest) if newest else None
 
 
-def _open_repository(s: Settings) -> Remote:
+def _open_repository(s: "Settings") -> Remote:
     """What the repository holds, after checking the right to write; it is created if it does not exist."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -104,7 +95,7 @@ def _open_repository(s: Settings) -> Remote:
     return remote.look(s.push_to_hub)
 
 
-def _bring_back(s: Settings, there: Remote) -> None:
+def _bring_back(s: "Settings", there: Remote) -> None:
     """Fetch the repository's checkpoints that the disk lacks, its metrics and settings into the run folder.
 
     Everything gets its name only after the hashes have been compared, and the newest checkpoint last: with it
@@ -115,7 +106,7 @@ def _bring_back(s: Settings, there: Remote) -> None:
     wanted = [
         file for file in there.files if remote.STEP_FILE.fullmatch(file) and Path(file).parent in folders
     ]
-    record = [file for file in (run_folder.METRICS, run_folder.CONFIG) if file in there.files]
+    record = [file for file in (run_files.METRICS, run_files.CONFIG) if file in there.files]
     print(f"fetching   {newest} of {s.push_to_hub}")
     arriving = s.out_dir / ARRIVING
     try:
@@ -150,7 +141,7 @@ def _check_arrived(repo_id: str, arriving: Path, folders: list[Path]) -> None:
     try:
         for folder in folders:
             checkpoint.verify(arriving / folder)
-        metrics.read(arriving / run_folder.METRICS)
+        metrics.read(arriving / run_files.METRICS)
     except UserError as error:
         shutil.rmtree(arriving)
         raise UserError(f"--push-to-hub {repo_id}: {error}: run the same command again") from error
@@ -165,7 +156,7 @@ class Pusher:
     The main thread only says what to send. A checkpoint still waiting when the next one arrives is skipped.
     """
 
-    def __init__(self, s: Settings, head: str | None, newest: Path | None, silent: bool = False) -> None:
+    def __init__(self, s: "Settings", head: str | None, newest: Path | None, silent: bool = False) -> None:
         """head: the repository's newest commit, as `prepare` returned it. newest: a checkpoint to begin with.
 
         silent: do nothing, as every process but the first does; so it is without --push-to-hub.
@@ -271,7 +262,7 @@ class Pusher:
     def _push(self, newest: Path) -> None:
         """One commit: the newest, with --keep-best the best, the record as it is now, no other checkpoint."""
         s, step = self.s, checkpoint.step_of(newest)
-        best = run_folder.by_validation_loss(s.out_dir)[:1] if s.keep_best else []
+        best = run_files.by_validation_loss(s.out_dir)[:1] if s.keep_best else []
         folders = list(dict.fromkeys([newest, *best]))
         pinned = []
         try:
@@ -332,9 +323,9 @@ def _pin(folder: Path) -> Path:
 
 def _read_record(out_dir: Path) -> list[bytes]:
     """The contents of metrics.jsonl and config.json as they are now."""
-    record = (out_dir / run_folder.METRICS).read_bytes()
+    record = (out_dir / run_files.METRICS).read_bytes()
     record = record[: record.rfind(b"\n") + 1]  # the last line may still be growing
-    return [record, (out_dir / run_folder.CONFIG).read_bytes()]
+    return [record, (out_dir / run_files.CONFIG).read_bytes()]
 
 
 def _additions(record: list[bytes], new: dict[Path, Path]) -> list["CommitOperationAdd"]:
@@ -344,7 +335,7 @@ def _additions(record: list[bytes], new: dict[Path, Path]) -> list["CommitOperat
     """
     from huggingface_hub import CommitOperationAdd
 
-    names = (run_folder.METRICS, run_folder.CONFIG)
+    names = (run_files.METRICS, run_files.CONFIG)
     additions = [CommitOperationAdd(name, data) for name, data in zip(names, record, strict=True)]
     for folder, source in new.items():
         checkpoint.verify(source)

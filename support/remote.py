@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support import checkpoint, metrics, run_folder
+from support import checkpoint, metrics, run_files
 from support.cli import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def look(repo_id: str) -> Remote:
     info = client().model_info(repo_id)
     remote = Remote(info.sha, info.private, [file.rfilename for file in info.siblings])
     is_model = "model.safetensors" in remote.files
-    if is_model or (not remote.checkpoints and {run_folder.CONFIG, run_folder.METRICS} & set(remote.files)):
+    if is_model or (not remote.checkpoints and {run_files.CONFIG, run_files.METRICS} & set(remote.files)):
         raise UserError(
             f"--push-to-hub {repo_id}: holds something other than a pushed run: name another repository"
         )
@@ -67,11 +67,11 @@ def check_same_run(repo_id: str, remote: Remote, out_dir: Path) -> None:
 
     Two runs differ in the first step they record, by its time if by nothing else.
     """
-    if run_folder.METRICS not in remote.files:
+    if run_files.METRICS not in remote.files:
         return
     with tempfile.TemporaryDirectory() as folder:
-        theirs = metrics.read(download(repo_id, remote.sha, run_folder.METRICS, Path(folder)))
-    ours = metrics.read(out_dir / run_folder.METRICS)
+        theirs = metrics.read(download(repo_id, remote.sha, run_files.METRICS, Path(folder)))
+    ours = metrics.read(out_dir / run_files.METRICS)
     first = [next((r for r in records if r["kind"] == "train"), None) for records in (ours, theirs)]
     if None not in first and first[0] != first[1]:
         raise UserError(f"--push-to-hub {repo_id}: holds another run than {out_dir}: name another repository")

@@ -1,9 +1,6 @@
-"""A run folder: its files' names, claiming one for a new run, finding the runs and checkpoints in it.
+"""The run folder as training writes it: lock, settings, metrics, checkpoints, and their copy on the Hub.
 
-log/config.json      every setting, the versions, the hardware, the git commit
-log/metrics.jsonl    one record per line: see support/metrics.py
-log/checkpoints/     see support/checkpoint.py
-log/loss_curves.png, log/samples.txt, log/summary.json    written at the end of the run
+support/run_files.py names the files in it.
 """
 
 import contextlib
@@ -16,42 +13,126 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path, PurePath
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
 
-from support import attempts, checkpoint, files, metrics, pretrained, trackers
+from support import attempts, checkpoint, files, hardware, metrics, push, run_files, trackers
+from support.attempts import Attempts
 from support.cli import UserError
+from support.metrics import Metrics
+from support.progress import Clock
+from support.runtime import Runtime
 
-DEFAULT = "log"  # of every script's --model or --run
-CONFIG = "config.json"
-METRICS = "metrics.jsonl"
-FIGURE = "loss_curves.png"
-SAMPLES = "samples.txt"
-SUMMARY = "summary.json"
-BEST = ":best"  # after a run's name: its checkpoint with the lowest validation loss
-
-
-class Settings(Protocol):
-    """The training script's settings, of which these are used here."""
-
-    out_dir: Path
-    resume: bool
-    overwrite: bool
-    init_from: str
-    track: str
-
+if TYPE_CHECKING:
+    from settings import Settings
+    from train_gpt2 import Trainer
 
 LOG_SUFFIXES = (".log", ".out", ".err")
-# Of a run, besides its checkpoints.
-NAMES = (CONFIG, METRICS, FIGURE, SAMPLES, SUMMARY, attempts.UNDER_WAY, trackers.TENSORBOARD_FOLDER)
+# The files of a run, besides its checkpoints.
+NAMES = (
+    run_files.CONFIG, run_files.METRICS, run_files.FIGURE, run_files.SAMPLES, run_files.SUMMARY,
+    attempts.UNDER_WAY, trackers.TENSORBOARD_FOLDER,
+)  # fmt: skip
 
 
-def check(s: Settings) -> None:
-    """Raise UserError if --out-dir holds something other than a run, or a run and no flag says what to do.
+class RunFolder:
+    """A run on the disk. Every rank calls the same methods; rank 0 writes."""
 
-    Called before anything is written: a model or a data set in that folder must stay as it is.
+    def __init__(self, s: "Settings", rt: Runtime, clock: Clock, hub_head: str | None) -> None:
+        """Lock the folder and find the checkpoint to resume from.
+
+        hub_head: what `push.prepare` returned.
+        Raises UserError if the folder cannot be used for this run.
+        """
+        self.settings, self.rt, self.clock, self.hub_head = s, rt, clock, hub_head
+        claimed = rt.run_on(rt.is_main, lambda: claim(s))
+        self.newest, self.lock = claimed or (None, None)
+        [self.steps_done] = rt.max_over_ranks(checkpoint.step_of(self.newest) if self.newest else 0)
+        if self.steps_done > s.max_steps:
+            raise UserError(
+                f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {self.steps_done} steps"
+            )
+        self.writer = checkpoint.Writer()
+        self.saved = -1  # the step of the checkpoint that was handed to the writer last
+
+    def resume(self, trainer: "Trainer", data: str, facts: dict[str, object]) -> None:
+        """Load the newest checkpoint, if there is one, and continue or begin the metrics.
+
+        data: fingerprint of the training data. facts: what config.json records about data and model.
+        Raises UserError if the checkpoint is damaged or belongs to a run with other settings.
+        """
+        s, rt = self.settings, self.rt
+        self.fingerprint = checkpoint.fingerprint(s, trainer.model.config, data)
+        if self.steps_done:
+            self.clock.add(rt.run_on(True, lambda: self._load(trainer, self.steps_done)))
+        facts = {**facts, "micro_batch_size": trainer.micro_batch_size}
+        facts |= {"parameters": trainer.model.config.n_parameters, "hardware": hardware.describe(rt)}
+        self.metrics = open_metrics(s, facts, self.steps_done, silent=not rt.is_main)
+        self.attempt = Attempts(rt, self.metrics, self.steps_done)
+        self.pusher = push.Pusher(s, self.hub_head, self.newest, not rt.is_main)
+
+    def checkpoint_is_overdue(self) -> bool:
+        """True on rank 0 if the last checkpoint is older than --checkpoint-minutes."""
+        return self.rt.is_main and self.writer.is_overdue(self.settings.checkpoint_minutes)
+
+    def save(self, step: int, trainer: "Trainer", wait: bool) -> None:
+        """Write the checkpoint of `step` in the background or, with `wait`, before returning.
+
+        Does nothing for a step that is on the disk, or that this process started from. With
+        --reload-checkpoints, training continues from what is read back. A failed write is recorded when the
+        next checkpoint is written; if that fails too, it raises UserError.
+        """
+        s, rt = self.settings, self.rt
+        if step == self.steps_done:
+            return
+        if step == self.saved and not rt.on_any(rt.is_main and not self.writer.has_written(step)):
+            return
+        self.saved = step
+        with self.clock("checkpoints"):
+            # Every rank takes part: each may hold a share of the optimizer state.
+            optimizer_state = checkpoint.optimizer_state(trainer.model, trainer.optimizers)
+            if rt.is_main:
+                state = {"step": step, "identity": self.fingerprint, "optimizer": optimizer_state}
+                state |= {"scaler": trainer.scaler.state_dict(), "seconds": self.clock.seconds()}
+                self._write(step, checkpoint.snapshot(trainer.model, state), wait or s.reload_checkpoints)
+            if s.reload_checkpoints:
+                rt.barrier()
+                self._load(trainer, step)
+                rt.say(f"step {step}/{s.max_steps} | checkpoint loaded back")
+
+    def _write(self, step: int, state: checkpoint.Snapshot, wait: bool) -> None:
+        s, folder = self.settings, checkpoint.folder_of(self.settings.out_dir, step)
+        message = f"step {step}/{s.max_steps} | "
+        if failure := self.writer.wait():
+            print(f"{message}warning: {failure}")
+            self.metrics.log(step, "event", name="checkpoint failed", reason=str(failure))
+        self.metrics.sync()
+        best = run_files.by_validation_loss(s.out_dir)[:1] if s.keep_best else ()
+        message += f"checkpoint {folder}"
+        self.writer.start(s.out_dir, step, state, s.keep_checkpoints, message, keep_also=best)
+        self.pusher.send(self.metrics, step, folder, self.writer.writing)
+        if (wait or failure) and (failure := self.writer.wait()):
+            raise failure
+
+    def _load(self, trainer: "Trainer", step: int) -> dict[str, float]:
+        folder = checkpoint.folder_of(self.settings.out_dir, step)
+        return checkpoint.restore(folder, trainer.model, trainer.optimizers, trainer.scaler, self.fingerprint)
+
+    def close(self) -> None:
+        """Wait for what is still on its way to the Hub and the trackers."""
+        self.pusher.close(self.metrics)
+        self.metrics.close()
+
+
+# ---------------------------------------------------------------- whose folder it is
+
+
+def check(s: "Settings") -> None:
+    """Raise UserError if --out-dir holds something else, or a run without --resume or --overwrite.
+
+    Writes nothing, so that a model or a data set in that folder stays as it is.
     """
     out_dir = s.out_dir
     if os.path.lexists(out_dir) and not out_dir.is_dir():
@@ -69,9 +150,9 @@ def check(s: Settings) -> None:
 
 
 def _not_of_a_run(out_dir: Path) -> str:
-    """Name something in the folder that belongs to no run; empty if there is a run, or room for one.
+    """Name a file that does not belong to a run; "" if the folder holds a run or could hold one.
 
-    Hidden files, other folders and the files that output goes to do not count.
+    Hidden files, other folders and log files do not count.
     """
     names = sorted(path.name for path in out_dir.iterdir() if not path.name.startswith("."))
     for name in names:
@@ -83,23 +164,23 @@ def _not_of_a_run(out_dir: Path) -> str:
         return ""
     if others := checkpoint.folders(out_dir):
         return f"another program's checkpoints ({others[0].name})"
-    files = [name for name in names if (out_dir / name).is_file()]
-    return next((name for name in files if name in NAMES or not _takes_output(out_dir / name)), "")
+    found = [name for name in names if (out_dir / name).is_file()]
+    return next((name for name in found if name in NAMES or not _is_log(out_dir / name)), "")
 
 
 def _is_run(out_dir: Path) -> bool:
-    """True if the folder holds the record of a run, perhaps damaged, or a checkpoint of one."""
+    """True if the folder holds the metrics of a run, perhaps damaged, or a checkpoint of one."""
     if (out_dir / attempts.UNDER_WAY).exists():
         return True
-    if "max_steps" in recorded_settings(out_dir):
+    if "max_steps" in run_files.recorded_settings(out_dir):
         return True
-    if (out_dir / METRICS).is_file() and metrics.has_records(out_dir / METRICS):
+    if (out_dir / run_files.METRICS).is_file() and metrics.has_records(out_dir / run_files.METRICS):
         return True
     return any((path / checkpoint.TRAINING_STATE).exists() for path in checkpoint.folders(out_dir))
 
 
-def _takes_output(path: Path) -> bool:
-    """True if a file is a log by its name, or takes this process's output; `tee` begins with an empty one."""
+def _is_log(path: Path) -> bool:
+    """True if a file is named like a log, is empty as `tee` begins, or receives this process's output."""
     if path.suffix in LOG_SUFFIXES or path.stat().st_size == 0:
         return True
     with contextlib.suppress(OSError):
@@ -107,14 +188,14 @@ def _takes_output(path: Path) -> bool:
     return False
 
 
-def claim(s: Settings) -> tuple[Path | None, FileLock]:
-    """Lock the folder for this run; returns the checkpoint to resume from, if any, and the lock.
+def claim(s: "Settings") -> tuple[Path | None, FileLock]:
+    """Lock the folder for this run, after removing an earlier run with --overwrite.
 
-    With --overwrite, removes the run that is there. Raises UserError as `check` does, if the run there began
-    with other weights, if another process is training in it, or if the folder cannot be written.
+    Returns the checkpoint to resume from, if any, and the lock. Raises UserError as `check` does, and if the
+    folder cannot be written, another process trains in it, or its run began with other weights.
     """
     out_dir = s.out_dir
-    check(s)  # again: hours of fetching may have passed
+    check(s)  # again, because hours of fetching may have passed
     try:
         files.make_folder(out_dir)
         lock = files.lock_folder(out_dir)
@@ -126,14 +207,14 @@ def claim(s: Settings) -> tuple[Path | None, FileLock]:
         raise UserError(f"{out_dir}: another process is training in it: wait, or use another --out-dir")
     if s.overwrite and _is_run(out_dir):
         checkpoint.remove_all(out_dir)
-        # The record last: if this is cut off, what is left is still a run's.
+        # The settings last: if this is cut off, the rest still counts as a run.
         for name in reversed(NAMES):
             if os.path.lexists(out_dir / name):
                 files.remove(out_dir / name)
     checkpoint.remove_unfinished(out_dir)
     newest, problems = checkpoint.latest_intact(out_dir) if s.resume else (None, [])
     if newest:
-        began = recorded_settings(out_dir).get("init_from", s.init_from)
+        began = run_files.recorded_settings(out_dir).get("init_from", s.init_from)
         if began != s.init_from:
             raise UserError(
                 f"--init-from {s.init_from}: the run in {out_dir} began with {began}: set it back"
@@ -144,22 +225,23 @@ def claim(s: Settings) -> tuple[Path | None, FileLock]:
     return newest, lock
 
 
-def open_record(
-    settings: Settings, facts: dict[str, object], steps_done: int, silent: bool
-) -> metrics.Metrics:
-    """Write config.json, open metrics.jsonl, and say and record which settings a resume has changed.
+# ---------------------------------------------------------------- settings and metrics
 
-    facts: what config.json records besides settings, versions and commit. silent: touch nothing.
+
+def open_metrics(s: "Settings", facts: dict[str, object], steps_done: int, silent: bool) -> Metrics:
+    """Write config.json and open metrics.jsonl; print and record the settings that a resume has changed.
+
+    facts: further entries of config.json. silent: touch nothing.
     """
-    out_dir = settings.out_dir
+    out_dir = s.out_dir
     if silent:
-        return metrics.Metrics(out_dir / METRICS, silent=True)
-    record = {"name": name_of(out_dir), **describe(settings, facts)}
-    changed = changed_settings(out_dir, record["settings"]) if steps_done else {}
-    write_json(out_dir / CONFIG, record)
-    opened = metrics.Metrics(out_dir / METRICS, steps_done or None)
-    for name in trackers.names(settings.track):
-        opened.track(name, out_dir, record["name"], record)
+        return Metrics(out_dir / run_files.METRICS, silent=True)
+    config = {"name": tracked_name(out_dir), **describe(s, facts)}
+    changed = changed_settings(out_dir, config["settings"]) if steps_done else {}
+    files.write_json(out_dir / run_files.CONFIG, config)
+    opened = Metrics(out_dir / run_files.METRICS, steps_done or None)
+    for name in trackers.names(s.track):
+        opened.track(name, out_dir, config["name"], config)
     processes = facts["hardware"]["processes"]
     opened.log(steps_done, "event", name="resume" if steps_done else "start", processes=processes)
     if changed:
@@ -169,16 +251,16 @@ def open_record(
     return opened
 
 
-def name_of(out_dir: Path) -> str:
-    """What trackers call the run in a folder: kept in config.json, or a new name that no other run has."""
+def tracked_name(out_dir: Path) -> str:
+    """The run's name in trackers: from its config.json, or a new unique one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))["name"])
-    # In wandb it is also the run's id, and must do without some characters.
+        return str(json.loads((out_dir / run_files.CONFIG).read_text(encoding="utf-8-sig"))["name"])
+    # wandb uses it as an id and restricts the characters of an id.
     return re.sub(r"[^A-Za-z0-9_-]", "-", f"{out_dir.resolve().name}-{uuid.uuid4().hex[:8]}")
 
 
 def describe(settings: object, facts: dict[str, object]) -> dict[str, object]:
-    """What config.json records: every setting, the `facts`, the versions, the git commit."""
+    """Return the content of config.json: every setting, the `facts`, the versions, the git commit."""
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -197,142 +279,20 @@ def describe(settings: object, facts: dict[str, object]) -> dict[str, object]:
     }
 
 
-def write_json(path: Path, content: dict[str, object]) -> None:
-    """Write one of the folder's JSON files, indented for people to read."""
-    files.write_atomically(path, json.dumps(content, indent=2) + "\n")
-
-
-def recorded_settings(out_dir: Path) -> dict[str, object]:
-    """The settings in a run's config.json; none without a readable file."""
-    try:
-        return dict(json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-
-
 def changed_settings(out_dir: Path, new: dict[str, object]) -> dict[str, list[object]]:
-    """Settings that differ from those in a run's config.json: name -> [before, now].
+    """The settings that affect training and differ from the run's config.json: name -> [before, now].
 
-    Only those that affect training count. Without a readable file nothing has changed.
+    Empty if that file cannot be read.
     """
-    old = recorded_settings(out_dir)
+    old = run_files.recorded_settings(out_dir)
     ignored = {"preset", "resume", "overwrite", "out_dir", "track"}
     ignored |= {"block_size", "n_layer", "n_head", "n_embd"}  # a checkpoint of another shape is refused
     names = [name for name in new if name in old and name not in ignored]
     return {name: [old[name], new[name]] for name in names if old[name] != new[name]}
 
 
-def write_summary(
-    out_dir: Path,
-    records: list[dict[str, object]],
-    parameters: int,
-    steps: int,
-    tokens: int,
-    seconds: dict[str, float],
-    hardware: dict[str, object],
-) -> None:
-    """Write summary.json: size, losses, speed and time of a finished run."""
-    losses = {
-        kind: [(r["loss"], r["step"]) for r in records if r["kind"] == kind and r["loss"] is not None]
-        for kind in ("train", "val")
-    }
-    best = min(losses["val"], default=(None, None))
-    summary = {
-        "parameters": parameters,
-        "steps": steps,
-        "tokens": tokens,
-        "last_train_loss": losses["train"][-1][0] if losses["train"] else None,
-        "last_val_loss": losses["val"][-1][0] if losses["val"] else None,
-        "best_val_loss": best[0],
-        "best_val_step": best[1],
-        "tokens_per_sec": tokens / seconds["training"] if seconds["training"] else None,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "hardware": hardware,
-    }
-    write_json(out_dir / SUMMARY, summary)
-
-
-def step_of_summary(out_dir: Path) -> int | None:
-    """The last step of the run that summary.json and samples.txt are of; None without a readable summary."""
-    try:
-        return json.loads((out_dir / SUMMARY).read_text(encoding="utf-8-sig"))["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def by_validation_loss(out_dir: Path) -> list[Path]:
-    """The checkpoints whose validation loss is on record, lowest first, of equals the earlier."""
-    records = metrics.read(out_dir / METRICS)
-    losses = {r["step"]: r["loss"] for r in records if r["kind"] == "val" and r["loss"] is not None}
-    found = [path for path in checkpoint.folders(out_dir) if checkpoint.step_of(path) in losses]
-    return sorted(found, key=lambda path: (losses[checkpoint.step_of(path)], checkpoint.step_of(path)))
-
-
-def best_checkpoint(out_dir: Path) -> Path:
-    """The intact checkpoint with the lowest validation loss. Raises UserError if there is none."""
-    best, problems = checkpoint.first_intact(by_validation_loss(out_dir))
-    if best is None:
-        reason = problems[0] if problems else f"{out_dir}: no checkpoint there has a validation loss"
-        raise UserError(f"{reason}: train with --keep-best, or take the newest checkpoint")
-    checkpoint.warn_of_damage(problems, best)
-    return best
-
-
-def stale_validations(out_dir: Path) -> tuple[int, int | None]:
-    """How many validations came after that of the lowest loss, and the step of the lowest (None: none)."""
-    records = [r for r in metrics.read(out_dir / METRICS) if r["kind"] == "val"]
-    best = min(((r["loss"], r["step"]) for r in records if r["loss"] is not None), default=(None, -1))[1]
-    return sum(r["step"] > best for r in records), None if best < 0 else best
-
-
-def find_model(name: str) -> str:
-    """The folder or Hub name behind a `--model`: for a run, its newest intact checkpoint; RUN:best: its best.
-
-    Warns on stderr if a newer one is damaged. Raises UserError for a run without checkpoints, and for the
-    default run if there is none.
-    """
-    folder = Path(name)
-    try:
-        folder.stat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:  # too long a name, a folder that may not be read
-        raise UserError(f"{name:.60}: {error.strerror}: name a run, a checkpoint or a model") from error
-    if name.endswith(BEST) and not folder.exists():
-        folder = Path(name.removesuffix(BEST))
-        if not folder.is_dir():
-            raise UserError(
-                f"{name}: no run there: {BEST} takes the best checkpoint of a run{runs_below(folder)}"
-            )
-        return str(best_checkpoint(folder))
-    if pretrained.has_weights(folder):
-        return name
-    if not folder.is_dir():
-        if name == DEFAULT:
-            raise UserError(f"{name}: no run there yet: train one, or name a model{runs_below(folder)}")
-        return name
-    newest, problems = checkpoint.latest_intact(folder)
-    if newest is None:
-        if (folder / CONFIG).exists() and (folder / METRICS).exists():
-            raise UserError(
-                f"{folder}: no checkpoint yet: wait for the run's first (--checkpoint-interval)"
-                f"{pretrained.hidden_model(name)}"
-            )
-        if runs := runs_below(folder):
-            raise UserError(f"{folder}: not a run{runs}{pretrained.hidden_model(name)}")
-        return name
-    checkpoint.warn_of_damage(problems, newest)
-    return str(newest)
-
-
-def runs_below(folder: Path) -> str:
-    """The end of a message about a missing run: the runs one level below the folder, or nothing."""
-    runs = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS}"))
-    return f" (runs there: {', '.join(runs)})" if runs else ""
-
-
 def how_to_continue(out_dir: Path, overwrite: bool, processes: int) -> str:
-    """How to continue a stopped run. The command that started it would delete it if it has --overwrite."""
+    """How to continue a stopped run. With --overwrite, the same command would delete it."""
     if not overwrite:
         return "continue with the same command and --resume"
     if processes > 1:
@@ -340,4 +300,4 @@ def how_to_continue(out_dir: Path, overwrite: bool, processes: int) -> str:
     python = Path(sys.executable)
     with contextlib.suppress(ValueError):
         python = python.relative_to(Path.cwd())
-    return f"continue with {python} {sys.argv[0]} --preset {out_dir / CONFIG} --resume"
+    return f"continue with {python} {sys.argv[0]} --preset {out_dir / run_files.CONFIG} --resume"

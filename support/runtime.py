@@ -108,15 +108,15 @@ class Runtime:
 
     def on_any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return self.highest(flag)[0] > 0
+        return self.max_over_ranks(flag)[0] > 0
 
-    def highest(self, *numbers: int) -> list[int]:
+    def max_over_ranks(self, *numbers: int) -> list[int]:
         """The highest of each of the numbers on any process."""
         return self.all_reduce(torch.tensor(numbers, device=self.device, dtype=torch.int64), "MAX").tolist()
 
     def agree(self, number: int) -> bool:
         """Whether the number is the same on all processes."""
-        highest, negative_lowest = self.highest(number, -number)
+        highest, negative_lowest = self.max_over_ranks(number, -number)
         return highest == -negative_lowest
 
     def barrier(self) -> None:
@@ -145,7 +145,7 @@ class Runtime:
         # DDP is compiled together with the model, so that its all-reduce overlaps with the backward pass.
         return eval_model if self.world_size == 1 else torch.compile(train_model), eval_model
 
-    def run_on_some(self, here: bool, work: Callable[[], T], fetches: bool = False) -> T | None:
+    def run_on(self, here: bool, work: Callable[[], T], fetches: bool = False) -> T | None:
         """Do `work` on the processes where `here` is true, while the others wait; None on those.
 
         A UserError on one process is raised on all of them, with its text: none waits for a dead one.
@@ -245,7 +245,7 @@ def start(device: str, dtype: Dtype) -> Runtime:
             reason = str(error).partition("\n")[0]
             raise UserError(f"WORLD_SIZE={size}: the other processes cannot be reached: {reason}") from error
         if dtype == "auto":  # gradients of a scaled loss in fp16 and those of bf16 cannot be averaged
-            [least] = rt.highest(PRECISIONS.index(rt.dtype))
+            [least] = rt.max_over_ranks(PRECISIONS.index(rt.dtype))
             rt = dataclasses.replace(rt, dtype=PRECISIONS[least])
     return rt
 

@@ -9,7 +9,7 @@ from helpers import ROOT, run_script
 
 from model import GPT, GPTConfig
 from settings import PRESETS
-from support import run_folder
+from support import run_files
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_from_a_text_to_samples(tmp_path: Path) -> None:
     losses = {r["step"]: r["loss"] for r in records if r["kind"] == "val"}
     assert list(losses) == [0, 25, 50]
     assert losses[50] < losses[0] - 2
-    best = Path(run_folder.find_model(f"{tmp_path}/log/finetune:best"))
+    best = Path(run_files.find_model(f"{tmp_path}/log/finetune:best"))
     assert int(best.name.removeprefix("step_")) == min((25, 50), key=losses.get)
     model = GPT.from_pretrained(best)
     assert model.config == GPTConfig(96, 50257, 2, 2, 32, dropout=0.1)

@@ -23,6 +23,7 @@ import peers
 from gpu_parts import Part, Settings
 
 import bench
+import evaluation
 import train_gpt2
 from pre_tokens.shards import write_manifest
 from settings import PRESETS, read_settings
@@ -125,14 +126,14 @@ def test_the_peak_is_of_the_precision_that_is_trained_in(monkeypatch: pytest.Mon
 
 def test_figures_of_a_run_that_diverged_are_a_failure(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not its times, nor a comparison with its losses."""
-    validate = train_gpt2.validate
-    monkeypatch.setattr(train_gpt2, "validate", lambda run: validate(run) * math.nan)
+    validate = evaluation.validate
+    monkeypatch.setattr(evaluation, "validate", lambda run: validate(run) * math.nan)
     with pytest.raises(UserError, match="not finite"):
         gpu_runs.costs(part)
-    monkeypatch.setattr(train_gpt2, "validate", lambda run: (_ for _ in ()).throw(UserError("no memory")))
+    monkeypatch.setattr(evaluation, "validate", lambda run: (_ for _ in ()).throw(UserError("no memory")))
     with pytest.raises(UserError, match="validation: no memory"):
         gpu_runs.costs(part)
-    monkeypatch.setattr(train_gpt2, "validate", validate)
+    monkeypatch.setattr(evaluation, "validate", validate)
     monkeypatch.setattr(gpu_runs, "train_records", lambda path: {1: {"loss": None}})
     with pytest.raises(UserError, match="not finite"):
         gpu_runs.compare_losses(part, {}, 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import upload_hf
 from model import GPT
-from support import pretrained, run_folder
+from support import pretrained, run_files
 from support.cli import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 548105171\n"
@@ -36,7 +36,7 @@ def random_model(seed: int = 0, vocab_size: int = 101) -> transformers.GPT2LMHea
 
 def load(name: str | Path) -> GPT:
     """As the scripts load a `--model`."""
-    return GPT.from_pretrained(run_folder.find_model(str(name)))
+    return GPT.from_pretrained(run_files.find_model(str(name)))
 
 
 def error(name: str | Path) -> str:
@@ -400,7 +400,7 @@ def test_a_sharded_model_of_the_hub_loads_without_its_variants(folder: Path, hub
 
 def test_a_name_that_is_too_long_is_one_line() -> None:
     with pytest.raises(UserError, match=r"^x{60}: File name too long: name a run"):
-        run_folder.find_model("x" * 300)
+        run_files.find_model("x" * 300)
 
 
 @pytest.mark.parametrize("changes", [{"n_head": 5}, {"n_head": 0}, {"n_layer": -1}])

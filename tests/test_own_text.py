@@ -18,7 +18,7 @@ import generate
 import hellaswag
 from pre_tokens import handle_tokens, shards, sources
 from settings import settings_from_config
-from support import metrics, run_folder, tokenizer
+from support import metrics, run_files, tokenizer
 from support.cli import UserError
 
 DOCUMENTS = ["First line.\nSecond line.", "日本語", "  spaces  kept  "]
@@ -217,7 +217,7 @@ def test_json_files_that_an_editor_has_marked(tmp_path: Path) -> None:
     config = json.dumps({"settings": {"n_layer": 3}}, indent=2).replace("\n", "\r\n").encode()
     (tmp_path / "config.json").write_bytes(BOM + config)
     assert settings_from_config(tmp_path / "config.json").n_layer == 3
-    assert run_folder.recorded_settings(tmp_path) == {"n_layer": 3}
+    assert run_files.recorded_settings(tmp_path) == {"n_layer": 3}
     (tmp_path / "manifest.json").write_bytes(BOM + b'{"shards": []}')
     assert shards.read_manifest(tmp_path / "manifest.json") == {"shards": []}
     record = b'{"step": 1, "kind": "val", "loss": 2.0}\r\n'

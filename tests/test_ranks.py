@@ -281,7 +281,7 @@ def test_each_machine_fetches_its_own_data(
     def fetch(s: train_gpt2.Settings) -> None:
         shutil.copytree(data_dir, s.data_dir)
 
-    monkeypatch.setattr(train_gpt2, "prepare_data", fetch)
+    monkeypatch.setattr(train_gpt2, "fetch_shards", fetch)
     own = lambda rank, s: dataclasses.replace(s, data_dir=tmp_path / f"data of {rank}")  # noqa: E731
     assert train_together(own, max_steps=1) == [0, 0]
 
@@ -367,15 +367,15 @@ def test_a_user_error_of_one_rank_is_raised_on_all() -> None:
         def fail() -> None:
             raise UserError(f"rank {rank.rank} is no naïve one")
 
-        return rank.run_on_some(rank.rank == 1, fail)
+        return rank.run_on(rank.rank == 1, fail)
 
     first, second, third = together(work, size=3)
     assert [str(error) for error in (first, third)] == ["process 1: rank 1 is no naïve one"] * 2
     assert str(second) == "rank 1 is no naïve one"
 
 
-def test_on_any_and_highest_agree_on_all_ranks() -> None:
+def test_on_any_and_max_over_ranks_agree_on_all_ranks() -> None:
     def work(rank: Rank) -> tuple[object, ...]:
-        return rank.on_any(rank.rank == 1), rank.on_any(False), rank.highest(rank.rank, 5 - rank.rank)
+        return rank.on_any(rank.rank == 1), rank.on_any(False), rank.max_over_ranks(rank.rank, 5 - rank.rank)
 
     assert together(work) == [(True, False, [1, 5])] * 2

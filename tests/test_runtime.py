@@ -87,11 +87,11 @@ def test_a_process_of_a_second_machine(two_gpus: pytest.MonkeyPatch) -> None:
     joined: list[dict[str, object]] = []
     two_gpus.setattr(dist, "is_nccl_available", lambda: True)
     two_gpus.setattr(dist, "init_process_group", lambda backend, **options: joined.append(options))
-    two_gpus.setattr(Runtime, "highest", lambda rt, *numbers: list(numbers))  # all others are A100s
+    two_gpus.setattr(Runtime, "max_over_ranks", lambda rt, *numbers: list(numbers))  # all others are A100s
     for name, value in {**torchruns_variables(4), "RANK": "2"}.items():
         two_gpus.setenv(name, value)
     assert runtime.start("auto", "auto").dtype == torch.bfloat16
-    two_gpus.setattr(Runtime, "highest", lambda rt, *numbers: [max(number, 1) for number in numbers])
+    two_gpus.setattr(Runtime, "max_over_ranks", lambda rt, *numbers: [max(number, 1) for number in numbers])
     for local_rank in (0, 1):
         for name, value in {
             **torchruns_variables(4),
@@ -123,7 +123,7 @@ def test_a_group_is_left_once_its_result_is_there(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dist, "new_group", lambda timeout: "group")
     monkeypatch.setattr(dist, "destroy_process_group", lambda group: events.append(f"left {group}"))
     monkeypatch.setattr(Runtime, "all_reduce", lambda rt, flag, op, group: Pending())
-    assert Runtime(CPU, torch.float32, world_size=2).run_on_some(True, lambda: 5, fetches=True) == 5
+    assert Runtime(CPU, torch.float32, world_size=2).run_on(True, lambda: 5, fetches=True) == 5
     assert events == ["read", "left group"]
 
 
@@ -290,7 +290,7 @@ def group_of_one() -> Runtime:
 
 
 WAYS_OUT = {
-    "an error in set-up after wrapping": (run_folder, "open_record", UserError),
+    "an error in set-up after wrapping": (run_folder, "open_metrics", UserError),
     "a step that ends the run": (train_gpt2.Progress, "report", UserError),
     "a failed checkpoint": (checkpoint, "save", UserError),
     "Ctrl-C": (optim, "step", KeyboardInterrupt),
@@ -337,14 +337,14 @@ def test_a_run_of_days_on_a_cpu_needs_device_cpu(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(driver, "nvidia_driver", lambda: None)
     monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: 1e11)
-    monkeypatch.setattr(train_gpt2, "prepare_data", lambda s: pytest.fail("data was prepared"))
+    monkeypatch.setattr(train_gpt2, "fetch_shards", lambda s: pytest.fail("data was prepared"))
     s = dataclasses.replace(PRESETS["gpt2-124m"], out_dir=tmp_path / "log", data_dir=tmp_path / "data")
     # 10.0B tokens at 855 MFLOP each, at 100 GFLOP/s.
     days = 19_073 * 524_288 * 855.166464e6 / 1e11 / 86_400
     with pytest.raises(UserError, match=f"--device auto: .* {days:,.0f} days .*--device cpu"):
         train_gpt2.train(s)
     assert not any(tmp_path.iterdir())
-    monkeypatch.setattr(train_gpt2, "prepare_data", lambda s: (_ for _ in ()).throw(UserError("got there")))
+    monkeypatch.setattr(train_gpt2, "fetch_shards", lambda s: (_ for _ in ()).throw(UserError("got there")))
     for fine in (
         dataclasses.replace(s, device="cpu"),
         dataclasses.replace(s, max_steps=0),
@@ -367,7 +367,7 @@ def test_eight_processes_on_two_cores_are_as_fast_as_two(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     rt = dataclasses.replace(runtime.start("cpu", "float32"), world_size=8)
-    monkeypatch.setattr(runtime.Runtime, "run_on_some", lambda rt, here, work: work())
+    monkeypatch.setattr(runtime.Runtime, "run_on", lambda rt, here, work: work())
     for days, told in ((3, "at least 3 days"), (0.5, "at least 12 hours on")):
         with pytest.raises(UserError, match=told):
             hardware.refuse_long_runs_on_cpu("auto", days * 86_400 * 2e11, rt)
@@ -411,7 +411,7 @@ from support import runtime
 runtime.STEP_TIMEOUT, runtime.FETCH_TIMEOUT = timedelta(seconds=2), timedelta(seconds=60)
 rt = runtime.start("cpu", "float32")
 # Rank 1 waits longer than a step may take while rank 0 fetches ...
-rt.run_on_some(rt.is_main, lambda: time.sleep(5), fetches=True)
+rt.run_on(rt.is_main, lambda: time.sleep(5), fetches=True)
 rt.say("fetched")
 # ... and gives up on a rank that hangs later.
 if rt.is_main:
@@ -464,7 +464,7 @@ def test_training_keeps_away_from_faulty_attention(
     }
     s = dataclasses.replace(PRESETS["demo"], **shape, total_batch_size=T, device="cpu", dtype="float32")
     monkeypatch.setattr(run_folder, "check", lambda s: None)
-    monkeypatch.setattr(train_gpt2, "prepare_data", lambda s: None)
+    monkeypatch.setattr(train_gpt2, "fetch_shards", lambda s: None)
     monkeypatch.setattr(train_gpt2.shards, "find_shards", lambda *_: {"train": [], "val": []})
     monkeypatch.setattr(train_gpt2, "TokenStream", lambda *_: SimpleNamespace(fingerprint=lambda: "0"))
     monkeypatch.setattr(optim, "build_optimizers", lambda *_: (_ for _ in ()).throw(UserError("got there")))

@@ -16,16 +16,18 @@ import pytest
 import torch
 from helpers import TINY, history
 
+import evaluation
 import hellaswag
 import plot_loss
 import train_gpt2
 import upload_hf
 from model import GPT
 from settings import PRESETS, check_settings, settings_from_config
-from support import checkpoint, metrics, run_folder, sampling
+from support import checkpoint, metrics, run_files, sampling
 from support.attempts import MAX_DEATHS, UNDER_WAY, Attempts
 from support.cli import UserError
 from support.metrics import Metrics
+from support.run_folder import RunFolder
 
 Train = Callable[..., Path]
 COUNT_CORRECT = hellaswag.count_correct  # where with_hellaswag replaces it
@@ -43,7 +45,7 @@ def set_losses(monkeypatch: pytest.MonkeyPatch, losses: Iterable[float]) -> None
     """Make the validations find these losses, one after another."""
     coming = iter(losses)
     share = lambda run: torch.tensor(next(coming), dtype=torch.float64)  # noqa: E731
-    monkeypatch.setattr(train_gpt2, "validate", share)
+    monkeypatch.setattr(evaluation, "validate", share)
 
 
 def damage(folder: Path) -> None:
@@ -69,7 +71,7 @@ def with_hellaswag(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 def test_the_checkpoint_comes_before_the_evaluation(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    for owner, name in ((checkpoint, "snapshot"), (train_gpt2, "validate")):
+    for owner, name in ((checkpoint, "snapshot"), (evaluation, "validate")):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, f=original, name=name: calls.append(name) or f(*args))
     train()
@@ -77,7 +79,7 @@ def test_the_checkpoint_comes_before_the_evaluation(train: Train, monkeypatch: p
 
 
 FAILURES = {
-    "validation": (train_gpt2, "validate", [0, 2, 4, 6]),
+    "validation": (evaluation, "validate", [0, 2, 4, 6]),
     "HellaSwag": (hellaswag, "count_correct", [0, 2, 4, 6]),
     "samples": (sampling, "draw_samples", [3]),
     "loss_curves.png": (plot_loss, "plot_run", [6]),
@@ -134,7 +136,7 @@ def test_a_failure_frees_its_memory_first(tmp_path: Path, monkeypatch: pytest.Mo
     held, emptied = [], []
     rt = SimpleNamespace(
         is_main=True, rank=0, device=torch.device("cuda"), autocast=nullcontext, synchronize=lambda: None,
-        on_any=bool, highest=lambda *numbers: numbers,
+        on_any=bool, max_over_ranks=lambda *numbers: numbers,
     )  # fmt: skip
     attempt = Attempts(rt, Metrics(tmp_path / "metrics.jsonl"), 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held[0]() is None))
@@ -174,7 +176,7 @@ def test_an_evaluation_is_made_up_for_after_a_kill(
     train: Train, monkeypatch: pytest.MonkeyPatch, with_hellaswag: dict[str, object]
 ) -> None:
     """Killed in it, with its checkpoint written: the record is that of a run without the kill."""
-    whole, validate, count = train("whole", **with_hellaswag), train_gpt2.validate, hellaswag.count_correct
+    whole, validate, count = train("whole", **with_hellaswag), evaluation.validate, hellaswag.count_correct
     validations, counts = itertools.count(), itertools.count()
 
     def die_in_the_third(*args: object) -> torch.Tensor:
@@ -187,7 +189,7 @@ def test_an_evaluation_is_made_up_for_after_a_kill(
             raise SystemExit
         return count(*args)
 
-    monkeypatch.setattr(train_gpt2, "validate", die_in_the_third)
+    monkeypatch.setattr(evaluation, "validate", die_in_the_third)
     monkeypatch.setattr(hellaswag, "count_correct", die_in_the_fourth)
     assert until_done(train, monkeypatch, **with_hellaswag) == 3
     kinds = ("train", "val", "hellaswag")
@@ -210,7 +212,7 @@ def test_a_signal_cuts_an_evaluation_off(
     monkeypatch.setattr(hellaswag, "count_correct", COUNT_CORRECT)
     settings = {**with_hellaswag, "checkpoint_interval": interval}
     whole = train("whole", **settings)
-    owner, name = {"validation": (train_gpt2, "validate"), "HellaSwag": (hellaswag, "count_correct")}[what]
+    owner, name = {"validation": (evaluation, "validate"), "HellaSwag": (hellaswag, "count_correct")}[what]
     work, calls = getattr(owner, name), itertools.count()
 
     def signalled(*args: object) -> torch.Tensor:
@@ -237,14 +239,14 @@ def test_a_signal_cuts_an_evaluation_off(
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Let SIGTERM come as the validation with this number, from 0, begins."""
-    validate, calls = train_gpt2.validate, itertools.count()
+    validate, calls = evaluation.validate, itertools.count()
 
     def signalled(run: train_gpt2.Run) -> torch.Tensor:
         if next(calls) == number:
             run.rt.stop.number = signal.SIGTERM
         return validate(run)
 
-    monkeypatch.setattr(train_gpt2, "validate", signalled)
+    monkeypatch.setattr(evaluation, "validate", signalled)
 
 
 def test_a_checkpoint_that_failed_is_written_again_before_a_stop(
@@ -274,7 +276,7 @@ def test_a_validation_that_is_cut_off_is_no_end_of_patience(
         run.rt.stop.check()
         return torch.tensor(5.0, dtype=torch.float64)
 
-    monkeypatch.setattr(train_gpt2, "validate", constant)
+    monkeypatch.setattr(evaluation, "validate", constant)
     stop_at(monkeypatch, 3)
     run = train(val_interval=1, patience=9)
     assert steps_kept(run)[-1] == 3
@@ -294,9 +296,9 @@ def test_an_evaluation_that_kills_does_not_trap_a_restart_loop(
     def die(*args: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(train_gpt2, "validate", die)
+    monkeypatch.setattr(evaluation, "validate", die)
     starts = until_done(train, monkeypatch, checkpoint_interval=interval)
-    assert starts == MAX_DEATHS + 2  # once more at step 2; then it is left out
+    assert starts == MAX_DEATHS + 1
     run = tmp_path / "run"
     assert history(run, kinds=("train",)) == history(whole, kinds=("train",))
     assert steps_kept(run)[-1] == 6 and (run / "summary.json").exists()
@@ -312,7 +314,7 @@ def test_overwrite_forgets_earlier_deaths(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / UNDER_WAY).write_text(json.dumps([[0, "validation"]] * MAX_DEATHS))
+    (run / UNDER_WAY).write_text(json.dumps({"validation": MAX_DEATHS}))
     train(overwrite=True)
     assert [r["step"] for r in history(run, kinds=("val",))] == [0, 2, 4, 6]
 
@@ -359,18 +361,19 @@ def test_the_record_goes_as_far_as_the_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 0.0))
         whole = train("whole", **settings)
-    kept, save, step, calls = {}, train_gpt2.save, train_gpt2.Trainer.step, iter(range(100))
+    kept, save, step, calls = {}, RunFolder.save, train_gpt2.Trainer.step, iter(range(100))
 
-    def spied(run: train_gpt2.Run, step: int, wait: bool) -> None:
-        kept[step] = [r["step"] for r in history(run.settings.out_dir, kinds=("train",))]
-        save(run, step, wait)
+    def spied(folder: RunFolder, step: int, trainer: train_gpt2.Trainer, wait: bool) -> None:
+        if step > 0:
+            kept[step] = [r["step"] for r in history(folder.settings.out_dir, kinds=("train",))]
+        save(folder, step, trainer, wait)
 
     def signalled(trainer: train_gpt2.Trainer, *args: object) -> train_gpt2.StepResult:
         if next(calls) == 3 and way == "a signal":
             trainer.rt.stop.number = signal.SIGTERM
         return step(trainer, *args)
 
-    monkeypatch.setattr(train_gpt2, "save", spied)
+    monkeypatch.setattr(RunFolder, "save", spied)
     monkeypatch.setattr(train_gpt2.Trainer, "step", signalled)
     if way == "an overdue checkpoint":
         settings |= {"checkpoint_minutes": 1e-9}
@@ -461,12 +464,12 @@ def test_the_best_checkpoint_stays(
     settings = {"val_interval": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "keep_best": True}
     run = train(**settings)
     assert steps_kept(run) == [2, 6]
-    assert run_folder.find_model(f"{run}:best") == str(checkpoint.folder_of(run, 2))
-    assert run_folder.find_model(str(run)) == str(checkpoint.folder_of(run, 6))
+    assert run_files.find_model(f"{run}:best") == str(checkpoint.folder_of(run, 2))
+    assert run_files.find_model(str(run)) == str(checkpoint.folder_of(run, 6))
     assert upload_hf.pick_checkpoint(run, "best") == checkpoint.folder_of(run, 2)
     damage(checkpoint.folder_of(run, 2))
     capsys.readouterr()
-    assert run_folder.find_model(f"{run}:best") == str(checkpoint.folder_of(run, 6))
+    assert run_files.find_model(f"{run}:best") == str(checkpoint.folder_of(run, 6))
     assert "step_000002/model.safetensors: damaged" in capsys.readouterr().err
 
     set_losses(monkeypatch, [9.0, 5.0, 3.0, float("nan"), 2.0, 7.0, 8.0])
@@ -485,15 +488,15 @@ def test_the_best_survives_a_resume(train: Train, monkeypatch: pytest.MonkeyPatc
 def test_names_of_models_with_colons(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train("c:runs", max_steps=2)
     newest = str(checkpoint.folder_of(run, 2))
-    assert run_folder.find_model(str(run)) == newest
-    assert run_folder.find_model(f"{run}:best") == newest
+    assert run_files.find_model(str(run)) == newest
+    assert run_files.find_model(f"{run}:best") == newest
     run.rename(tmp_path / "is:best")
-    assert run_folder.find_model(str(tmp_path / "is:best")).startswith(str(tmp_path / "is:best"))
+    assert run_files.find_model(str(tmp_path / "is:best")).startswith(str(tmp_path / "is:best"))
     with pytest.raises(UserError, match=r"none:best: no run there"):
-        run_folder.find_model(str(tmp_path / "none:best"))
+        run_files.find_model(str(tmp_path / "none:best"))
     without = train("without", val_interval=0)
     with pytest.raises(UserError, match="no checkpoint there has a validation loss"):
-        run_folder.find_model(f"{without}:best")
+        run_files.find_model(f"{without}:best")
 
 
 # ---------------------------------------------------------------- patience

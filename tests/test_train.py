@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,18 +21,26 @@ import torch.nn.functional as F
 import transformers
 from helpers import ROOT, TINY, T, as_flags, command, environment, history, posix, run_script
 
+import evaluation
 import train_gpt2
 from dataloader import TokenStream
 from model import GPT, GPTConfig
 from optim import learning_rate_factor
 from pre_tokens.shards import find_shards
 from settings import PRESETS, settings_from_config
-from support import checkpoint, files, metrics
+from support import checkpoint, files, hardware, metrics
 from support.cli import UserError
 from support.progress import Progress
 from support.runtime import Runtime
 
 Train = Callable[..., Path]
+
+
+def folder_in(path: Path, seconds: dict[str, float] | None = None) -> SimpleNamespace:
+    """The parts of a run folder that `Progress` uses."""
+    written = metrics.Metrics(path / "metrics.jsonl")
+    attempt = SimpleNamespace(seconds=seconds or {})
+    return SimpleNamespace(metrics=written, writer=checkpoint.Writer(), attempt=attempt)
 
 
 def test_loss_curve_equals_a_textbook_loop(train: Train, data_dir: Path) -> None:
@@ -130,10 +139,7 @@ def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, max_steps:
         PRESETS["demo"], max_steps=max_steps, val_interval=5, hellaswag_interval=0, sample_interval=8
     )
     seconds = {"validation": 100.0, "HellaSwag": 1000.0, "samples": 7.0}
-    record = metrics.Metrics(tmp_path / "metrics.jsonl", silent=True)
-    progress = Progress(
-        s, Runtime(torch.device("cpu"), torch.float32), record, checkpoint.Writer(), 1.0, None, seconds
-    )
+    progress = Progress(s, Runtime(torch.device("cpu"), torch.float32), folder_in(tmp_path, seconds), 1.0)
     progress.durations.extend([2.0, 4.0])
     for done in range(max_steps):
         left = 0.0
@@ -144,11 +150,11 @@ def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, max_steps:
 
 
 @pytest.mark.parametrize("processes", [1, 8])
-def test_mfu_is_a_share_of_all_gpus(tmp_path: Path, processes: int) -> None:
+def test_mfu_is_a_share_of_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
     """6N + 12·L·d·T FLOPs per token, over the data sheet's rate of all GPUs that shared the tokens."""
-    record = metrics.Metrics(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 312e12)
     rt = Runtime(torch.device("cpu"), torch.float32, world_size=processes)
-    progress = Progress(PRESETS["gpt2-124m"], rt, record, checkpoint.Writer(), 855.166464e6, 312e12, {})
+    progress = Progress(PRESETS["gpt2-124m"], rt, folder_in(tmp_path), 855.166464e6)
     progress.begin()
     progress.add(1, 6e-4, train_gpt2.StepResult(*torch.tensor([4.0, 1.0, 1.0]), votes=torch.zeros(3)))
     progress.report(catch_up=True)
@@ -158,8 +164,8 @@ def test_mfu_is_a_share_of_all_gpus(tmp_path: Path, processes: int) -> None:
 
 
 def test_evaluation_is_no_part_of_a_steps_time(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = train_gpt2.validate
-    monkeypatch.setattr(train_gpt2, "validate", lambda *args: time.sleep(0.7) or validate(*args))
+    validate = evaluation.validate
+    monkeypatch.setattr(evaluation, "validate", lambda *args: time.sleep(0.7) or validate(*args))
     run = train(val_interval=1)
     steps = [r["step_ms"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"]
     assert max(steps[1:]) < 700
@@ -190,10 +196,10 @@ def test_resuming_equals_not_stopping(train: Train, optimizer: str) -> None:
 
 
 def test_the_times_of_all_parts_of_a_run_add_up(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = train_gpt2.validate
-    monkeypatch.setattr(train_gpt2, "validate", lambda *args: time.sleep(1) or validate(*args))
+    validate = evaluation.validate
+    monkeypatch.setattr(evaluation, "validate", lambda *args: time.sleep(1) or validate(*args))
     run = train(max_steps=2)  # its checkpoint has the time of step 0's validation
-    monkeypatch.setattr(train_gpt2, "validate", validate)
+    monkeypatch.setattr(evaluation, "validate", validate)
     train(max_steps=4, resume=True)
     assert json.loads((run / "summary.json").read_text())["seconds"]["evaluation"] > 1
 
@@ -349,12 +355,12 @@ def test_cudnns_attention_is_suspected_where_torch_prefers_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: None)
     monkeypatch.setattr(Runtime, "barrier", lambda rt: None)
-    s = dataclasses.replace(PRESETS["demo"], max_bad_steps=1)
-    record = metrics.Metrics(tmp_path / "metrics.jsonl", silent=True)
+    s = dataclasses.replace(PRESETS["demo"], max_bad_steps=1, out_dir=tmp_path)
     rt = Runtime(torch.device("cuda"), torch.bfloat16)
     with pytest.raises(UserError) as error:
-        Progress(s, rt, record, checkpoint.Writer(), 1.0, None, {})._watch(3, math.nan, 1.0, 1.0)
+        Progress(s, rt, folder_in(tmp_path), 1.0)._watch(3, math.nan, 1.0, 1.0)
     assert str(error.value).endswith("lower --learning-rate" + told)
 
 

@@ -16,7 +16,7 @@ from loopback_hub import TOKEN, LoopbackHub
 import plot_loss
 import upload_hf
 from model import GPT, GPTConfig
-from support import run_folder
+from support import run_files
 from support.cli import UserError
 from upload_hf import Settings
 
@@ -265,7 +265,7 @@ def test_an_older_checkpoint_becomes_a_folder(
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(theirs(idx).logits, old(idx)[0][..., :50257], atol=1e-5, rtol=0)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("Hello")["input_ids"] == [15496]
-    assert run_folder.find_model(str(tmp_path / "out")) == str(tmp_path / "out")
+    assert run_files.find_model(str(tmp_path / "out")) == str(tmp_path / "out")
 
 
 class Bomb:

@@ -39,7 +39,7 @@ BETWEEN_STEPS = {
     ("evaluate", "pinned copy to the device", "dataloader.py"),
     ("evaluate", "blocking copy to the device", "train_gpt2.py"),
     ("evaluate", "blocking copy to the host", "train_gpt2.py"),
-    ("evaluate", "read of a number", "train_gpt2.py"),
+    ("evaluate", "read of a number", "evaluation.py"),
     ("evaluate", "blocking copy to the device", "hellaswag.py"),
     ("evaluate", "blocking copy to the host", "hellaswag.py"),
     ("evaluate", "read of a number", "hellaswag.py"),
@@ -51,7 +51,7 @@ BETWEEN_STEPS = {
     *((p, "read of a number", "support/runtime.py") for p in ("evaluate", "finish")),
     *(("save", "blocking copy to the host", f) for f in ("support/checkpoint.py", "support/pretrained.py")),
     *(("save", "blocking copy to the device", f) for f in ("support/checkpoint.py", "support/pretrained.py")),
-    ("save", "read of a number", "train_gpt2.py"),  # the scale of fp16
+    ("save", "read of a number", "support/run_folder.py"),  # the scale of fp16
     ("save", "blocking copy to the device", "optim.py"),  # Muon's momentum, loaded back in a rehearsal
 }
 

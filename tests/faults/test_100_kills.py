@@ -62,21 +62,20 @@ class Life:
                 found.append((path.name, path.stat().st_size))
         return found
 
-    def under_way(self) -> list[list[object]]:
-        """[step, evaluation] of what has begun and not ended."""
+    def under_way(self) -> dict[str, int]:
+        """Name of an evaluation -> how often it has begun without ending."""
         path = self.out / attempts.UNDER_WAY
         try:
             return json.loads(path.read_text())
         except FileNotFoundError:
-            return []
+            return {}
 
     def signs(self) -> dict[str, Callable[[], object]]:
         """Phase -> whether the process is in it; of phases that coincide the more telling one comes first."""
         record, under_way, _, parts = self.before
         opened = lambda: self.record() != record  # noqa: E731
-        evaluating = lambda: self.under_way() not in ([], under_way)  # noqa: E731
-        # Read once: between two looks the list may become empty.
-        ending = lambda: any(name.endswith((".txt", ".png")) for _, name in self.under_way()[-1:])  # noqa: E731
+        evaluating = lambda: self.under_way() not in ({}, under_way)  # noqa: E731
+        ending = lambda: any(name.endswith((".txt", ".png")) for name in self.under_way())  # noqa: E731
         signs = {
             "fetch": lambda: self.parts() not in ([], parts),
             "start-up": lambda: not opened(),
@@ -102,12 +101,12 @@ class Life:
 
     def to_be_spared(self) -> bool:
         """Whether an evaluation has been killed almost as often as it is tried before it is left out."""
-        return len(self.under_way()) >= attempts.MAX_DEATHS - 2
+        return max(self.under_way().values(), default=0) >= attempts.MAX_DEATHS - 2
 
     def choose_step(self) -> int:
         """The step from which on to kill: between two kills the run advances by about a checkpoint."""
         if self.to_be_spared():
-            return max(step for step, _ in self.under_way()) + 1
+            return self.run.last_step() + 1
         return self.run.last_checkpoint() + random.randint(0, 12)
 
     def kill_once(self) -> str | None:

@@ -1,0 +1,108 @@
+"""Find and read runs: the names of a run folder's files, and the checkpoint behind a --model.
+
+log/config.json      every setting, the versions, the hardware, the git commit
+log/metrics.jsonl    one record per line: see support/metrics.py
+log/checkpoints/     see support/checkpoint.py
+log/loss_curves.png, log/samples.txt, log/summary.json    written at the end of the run
+"""
+
+import json
+from pathlib import Path
+
+from support import checkpoint, metrics, pretrained
+from support.cli import UserError
+
+DEFAULT = "log"  # of every script's --model or --run
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+FIGURE = "loss_curves.png"
+SAMPLES = "samples.txt"
+SUMMARY = "summary.json"
+BEST = ":best"  # after a run's name: its checkpoint with the lowest validation loss
+
+
+def recorded_settings(out_dir: Path) -> dict[str, object]:
+    """The settings in a run's config.json; none without a readable file."""
+    try:
+        return dict(json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def step_of_summary(out_dir: Path) -> int | None:
+    """The last step of the run that summary.json and samples.txt are of; None without a readable summary."""
+    try:
+        return json.loads((out_dir / SUMMARY).read_text(encoding="utf-8-sig"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def by_validation_loss(out_dir: Path) -> list[Path]:
+    """The checkpoints whose validation loss is on record, lowest first, of equals the earlier."""
+    records = metrics.read(out_dir / METRICS)
+    losses = {r["step"]: r["loss"] for r in records if r["kind"] == "val" and r["loss"] is not None}
+    found = [path for path in checkpoint.folders(out_dir) if checkpoint.step_of(path) in losses]
+    return sorted(found, key=lambda path: (losses[checkpoint.step_of(path)], checkpoint.step_of(path)))
+
+
+def best_checkpoint(out_dir: Path) -> Path:
+    """The intact checkpoint with the lowest validation loss. Raises UserError if there is none."""
+    best, problems = checkpoint.first_intact(by_validation_loss(out_dir))
+    if best is None:
+        reason = problems[0] if problems else f"{out_dir}: no checkpoint there has a validation loss"
+        raise UserError(f"{reason}: train with --keep-best, or take the newest checkpoint")
+    checkpoint.warn_of_damage(problems, best)
+    return best
+
+
+def stale_validations(out_dir: Path) -> tuple[int, int | None]:
+    """How many validations came after that of the lowest loss, and the step of the lowest (None: none)."""
+    records = [r for r in metrics.read(out_dir / METRICS) if r["kind"] == "val"]
+    best = min(((r["loss"], r["step"]) for r in records if r["loss"] is not None), default=(None, -1))[1]
+    return sum(r["step"] > best for r in records), None if best < 0 else best
+
+
+def find_model(name: str) -> str:
+    """The folder or Hub name behind a `--model`: for a run, its newest intact checkpoint; RUN:best: its best.
+
+    Warns on stderr if a newer one is damaged. Raises UserError for a run without checkpoints, and for the
+    default run if there is none.
+    """
+    folder = Path(name)
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # too long a name, a folder that may not be read
+        raise UserError(f"{name:.60}: {error.strerror}: name a run, a checkpoint or a model") from error
+    if name.endswith(BEST) and not folder.exists():
+        folder = Path(name.removesuffix(BEST))
+        if not folder.is_dir():
+            raise UserError(
+                f"{name}: no run there: {BEST} takes the best checkpoint of a run{runs_below(folder)}"
+            )
+        return str(best_checkpoint(folder))
+    if pretrained.has_weights(folder):
+        return name
+    if not folder.is_dir():
+        if name == DEFAULT:
+            raise UserError(f"{name}: no run there yet: train one, or name a model{runs_below(folder)}")
+        return name
+    newest, problems = checkpoint.latest_intact(folder)
+    if newest is None:
+        if (folder / CONFIG).exists() and (folder / METRICS).exists():
+            raise UserError(
+                f"{folder}: no checkpoint yet: wait for the run's first (--checkpoint-interval)"
+                f"{pretrained.hidden_model(name)}"
+            )
+        if runs := runs_below(folder):
+            raise UserError(f"{folder}: not a run{runs}{pretrained.hidden_model(name)}")
+        return name
+    checkpoint.warn_of_damage(problems, newest)
+    return str(newest)
+
+
+def runs_below(folder: Path) -> str:
+    """The end of a message about a missing run: the runs one level below the folder, or nothing."""
+    runs = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS}"))
+    return f" (runs there: {', '.join(runs)})" if runs else ""
