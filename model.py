@@ -6,8 +6,8 @@
     model = GPT.from_pretrained("gpt2")          # or any folder in the Hugging Face format
 
 What is unusual here:
-- The embedding may be padded to a rounder number of rows, which GPUs multiply faster. Padding is never seen
-  from outside: it gets no probability mass, no gradient, no sampled id, no row in a saved file.
+- The embedding has 50304 rows for 50257 ids: GPUs multiply a multiple of 128 faster. The padding is never
+  seen from outside: it gets no probability mass, no gradient, no sampled id, no row in a saved file.
 - Parameters have the names of Hugging Face's `GPT2LMHeadModel`, with `nn.Linear`'s (out, in) layout.
 - The loss can be computed in chunks, without the logits of a whole batch: support/loss.py.
 - `model.recompute = True` keeps only the input of each block for backward, which computes the block again.
@@ -40,12 +40,12 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    padded_vocab_size: int = 0  # rows of the embedding matrix; 0: vocab_size
     dropout: float = 0.0  # of embeddings, attention probabilities, residual paths; transformers' GPT-2: 0.1
 
     @property
     def embedding_rows(self) -> int:
-        return max(self.vocab_size, self.padded_vocab_size)
+        """Rows of the embedding matrix: vocab_size, padded to a multiple of 128."""
+        return -(-self.vocab_size // 128) * 128
 
     @property
     def n_parameters(self) -> int:
@@ -158,8 +158,8 @@ class GPT(nn.Module):
                 f"--n-head {config.n_head} does not divide --n-embd {config.n_embd}: change one of them"
             )
         self.config = config
-        # Built without memory first: the layers would draw default weights, which advances the generator by
-        # an amount that depends on the padding. nn.Embedding's own draw would also import torch.compile.
+        # Built without memory first, so that the layers do not draw default weights. nn.Embedding's own draw
+        # would also import torch.compile, which takes a second.
         embedding = lambda *shape: nn.Embedding.from_pretrained(torch.empty(shape), freeze=False)  # noqa: E731
         with torch.device("meta"):
             self.transformer = nn.ModuleDict(
@@ -191,7 +191,6 @@ class GPT(nn.Module):
             if name.endswith("wpe.weight"):
                 parameter.normal_(0.0, 0.01)
             elif name.endswith("wte.weight"):
-                # Drawn without the padding, so that a padded model starts from the same weights.
                 parameter[: self.config.vocab_size].normal_(0.0, 0.02)
                 parameter[self.config.vocab_size :].zero_()
             elif name.endswith("c_proj.weight"):
@@ -296,16 +295,14 @@ class GPT(nn.Module):
         return sampling.stream(self, prompts, max_new_tokens, *options)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_folder: str | Path, padded_vocab_size: int = 0, dropout: float | None = None
-    ) -> "GPT":
-        """A model from a folder in the Hugging Face format, or from the Hub by name (`gpt2`, `USER/NAME`).
+    def from_pretrained(cls, name_or_folder: str | Path, dropout: float | None = None) -> "GPT":
+        """Load a model from a folder in the Hugging Face format, or from the Hub by its name.
 
         dropout: its rate in training; None: the one that config.json has, 0 if that has several.
         Returns it in fp32 on the CPU, in evaluation mode as transformers does: `train()` switches dropout on.
         Raises UserError on anything missing, damaged or not a GPT-2.
         """
-        own = {"padded_vocab_size": padded_vocab_size} | ({} if dropout is None else {"dropout": dropout})
+        own = {} if dropout is None else {"dropout": dropout}
         return pretrained.load(name_or_folder, lambda **config: cls(GPTConfig(**config | own))).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

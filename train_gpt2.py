@@ -194,10 +194,9 @@ def set_up(s: Settings, rt: Runtime) -> Run:
     return Run(s, rt, trainer, data, folder)
 
 
-def scratch_config(s: Settings, padded: int = 0) -> GPTConfig:
-    """The model that the flags describe. padded: rows of the embedding, see GPTConfig."""
-    sizes = (s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd)
-    return GPTConfig(*sizes, padded, s.dropout)
+def scratch_config(s: Settings) -> GPTConfig:
+    """The model that the flags describe."""
+    return GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd, s.dropout)
 
 
 def refuse_long_run(s: Settings, config: GPTConfig, rt: Runtime) -> None:
@@ -238,14 +237,13 @@ def open_streams(s: Settings) -> tuple[TokenStream, TokenStream]:
 
 def build_model(s: Settings, device: torch.device) -> GPT:
     """The model with its initial weights, on the device, to be trained; the same weights on every device."""
-    padded = hardware.padded_vocab_size(tokenizer.VOCAB_SIZE, device)
     if s.init_from == "scratch":
         torch.manual_seed(s.seed)
-        model = GPT(scratch_config(s, padded))
+        model = GPT(scratch_config(s))
     else:
         # A resumed run starts from its own checkpoint, restored later: --init-from may be gone by then.
         begun = checkpoint.latest_intact(s.out_dir)[0] if s.resume else None
-        model = GPT.from_pretrained(begun or run_files.find_model(s.init_from), padded, s.dropout)
+        model = GPT.from_pretrained(begun or run_files.find_model(s.init_from), s.dropout)
         if model.config.vocab_size != tokenizer.VOCAB_SIZE:
             raise UserError(
                 f"--init-from {s.init_from}: {model.config.vocab_size} token ids, the data has GPT-2's 50257"

@@ -3,27 +3,19 @@
     python upload_hf.py --run log --repo-id USER/NAME --dry-run      # what would be sent, and the model card
     python upload_hf.py --run log --repo-id USER/NAME --private
     python upload_hf.py --run log --repo-id USER/NAME --checkpoint 500 --revision step-500     # or best
-    python upload_hf.py --convert model_19072.pt --out gpt2-124m     # a checkpoint of nanoGPT
 
-The token comes from HF_TOKEN or from `hf auth login`. Only the files named below and the
-run folder's figures are sent.
+The token comes from HF_TOKEN or from `hf auth login`. Only the files named below and the run folder's figures
+are sent.
 """
 
 import json
-import re
-import shutil
 import textwrap
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 import hellaswag
-from model import GPT, GPTConfig
-from support import checkpoint, cli, hub, metrics, pretrained, run_files, tokenizer
+from support import checkpoint, cli, hub, metrics, pretrained, run_files
 from support.cli import UserError
 
 MODEL_FILES = (
@@ -58,13 +50,6 @@ class Settings:
     """Licence to state on the model card, such as mit. Default: the data set's, if its card states one."""
     language: str = ""
     """Language to state on the model card, such as en. Default: the data set's, if its card states one."""
-    convert: Path | None = None
-    """Instead of uploading, convert this .pt checkpoint of build-nanogpt or nanoGPT to the folder --out."""
-    out: Path | None = None
-    """Folder that --convert writes."""
-
-
-# ---------------------------------------------------------------- upload
 
 
 def pick_checkpoint(run: Path, step: int | Literal["best"] | None) -> Path:
@@ -255,122 +240,8 @@ def upload(s: Settings) -> None:
     print(f"done: {api.endpoint}/{s.repo_id}")
 
 
-# ---------------------------------------------------------------- conversion
-
-
-PADDED_VOCAB_SIZE = 50304  # rows of the embedding in build-nanogpt and nanoGPT
-
-
-class _SavedConfig:
-    """Stands in for another program's settings class: its values are read, its code is not."""
-
-
-def read_pt(file: Path) -> dict[str, object]:
-    """The contents of a .pt checkpoint: in "model" its tensors, in "config" its sizes. No code in it is run.
-
-    Raises UserError if it cannot be read, or needs more than tensors, plain values and a settings object.
-    """
-    if not file.is_file():
-        raise UserError(f"--convert {file}: {'a folder, not a' if file.is_dir() else 'no such'} file")
-    if file.suffix == ".safetensors":
-        raise UserError(f"--convert {file}: needs no conversion: --model takes its folder, {file.parent}")
-    try:
-        needed = (
-            torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
-        )
-        foreign = [name for name in needed if name.rpartition(".")[2] not in ("GPTConfig", "Namespace")]
-        if foreign:
-            raise UserError(
-                f"--convert {file}: refused: loading it would run code ({', '.join(foreign)}): save the "
-                "model's state_dict and its settings as plain values"
-            )
-        with torch.serialization.safe_globals([(_SavedConfig, name) for name in needed]):
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:
-        pretrained.refuse_lfs_pointer(file)
-        # Only the name from torch's long message: the rest says how to load the file unsafely.
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would run code, {code[1]}" if code else "damaged, or not written by torch.save"
-        raise UserError(f"--convert {file}: refused: {reason}: save tensors and plain values") from error
-    saved = saved if isinstance(saved, dict) else {}
-    # nanoGPT's config holds its script's defaults, which are not the sizes of a model it fine-tuned.
-    settings = saved.get("model_args") or saved.get("config")
-    settings = vars(settings) if isinstance(settings, _SavedConfig) else settings
-    if not isinstance(saved.get("model"), dict) or not isinstance(settings, dict):
-        # A state_dict alone is not enough: nothing in it tells the number of heads.
-        raise UserError(
-            f"--convert {file}: not a checkpoint of the form {{'model': …, 'config': {{'n_layer': …, "
-            "'n_head': …, 'n_embd': …, 'block_size': …}}: save it so, or if transformers saved it, name its "
-            "folder with --model"
-        )
-    tensors = {
-        str(name).removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module."): tensor
-        for name, tensor in saved["model"].items()
-        if isinstance(tensor, Tensor)
-    }
-    return {"step": saved.get("iter_num", "unknown"), **saved, "model": tensors, "config": settings}
-
-
-def convert(file: Path, out: Path) -> None:
-    """Convert a checkpoint of build-nanogpt or nanoGPT to a folder that transformers and this project load.
-
-    Raises UserError if it contains another model, or if `out` already contains files.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: already exists: name a new folder")
-    saved = read_pt(file)
-    tensors: dict[str, Tensor] = saved["model"]
-    try:
-        shape = {name: int(saved["config"][name]) for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--convert {file}: its config is not a GPT-2's ({error!r})") from error
-    if min(shape.values()) < 1 or shape["n_embd"] % shape["n_head"] or shape["n_layer"] > len(tensors):
-        raise UserError(f"--convert {file}: its config does not describe its weights: {shape}")
-    model = GPT(GPTConfig(vocab_size=tokenizer.VOCAB_SIZE, **shape))
-    wte, head = (tensors.get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
-    if wte is not None and head is not None and not torch.equal(wte, head):
-        raise UserError(f"--convert {file}: its head is not tied to its embedding: this is not GPT-2")
-    if wte is not None and wte.dim() == 2 and len(wte) not in (tokenizer.VOCAB_SIZE, PADDED_VOCAB_SIZE):
-        raise UserError(
-            f"--convert {file}: has {len(wte):,} token ids: only a model with GPT-2's vocabulary of "
-            f"{tokenizer.VOCAB_SIZE:,} can be converted: train one on GPT-2's tokens"
-        )
-    parameters = dict(model.named_parameters())
-    biases = {name for name in parameters if name.endswith(".bias")}
-    if not biases & set(tensors):  # nanoGPT's bias=False
-        tensors |= {name: torch.zeros_like(parameters[name]) for name in biases}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            tensor = tensors.get(name)
-            if tensor is not None:
-                tensor = pretrained.without_padding(name, tensor, tokenizer.VOCAB_SIZE)
-            if tensor is None or tensor.shape != parameter.shape:
-                have = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-                raise UserError(f"--convert {file}: {name} is {have}, not {tuple(parameter.shape)}")
-            parameter.copy_(tensor)
-    unfinished = out.with_name(f".unfinished-{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished, model.config.block_size)
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
-    print(f"{out}: {model.config.n_parameters:,} parameters, step {saved['step']}")
-    if "model_args" in saved:
-        print("note: GPT-2 approximates GELU, nanoGPT since June 2023 does not: losses differ slightly")
-
-
 def main() -> None:
-    s = cli.parse(Settings, "Upload a run to the Hugging Face Hub, or convert an older checkpoint.")
-    if (s.convert is None) != (s.out is None):
-        raise UserError("--convert and --out go together: name the .pt file and the folder to write")
-    if s.convert is not None:
-        convert(s.convert, s.out)
-    else:
-        upload(s)
+    upload(cli.parse(Settings, "Upload a run to the Hugging Face Hub."))
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def main() -> None:
     if s.bucket_mb:
         backend = DDPOptimizer(s.bucket_mb * 2**20, backend).compile_fn
     gpu = FakeTensorMode(allow_non_fake_inputs=True) if HAS_GPU else pretend_a_gpu()
-    shape = GPTConfig(padded_vocab_size=50304)
+    shape = GPTConfig()
     if HAS_GPU:
         with FakeCopyMode(gpu):
             model = copy.deepcopy(GPT(shape).to("cuda"))

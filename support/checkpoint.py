@@ -272,7 +272,7 @@ def fingerprint(s: "Settings", config: "GPTConfig", data: str) -> dict[str, obje
     data: the fingerprint of the stream of training data.
     """
     names = ("sequence_length", "total_batch_size", "seed", "shuffle", "optimizer")
-    model = dataclasses.asdict(dataclasses.replace(config, padded_vocab_size=0))
+    model = dataclasses.asdict(config) | {"padded_vocab_size": 0}  # as earlier checkpoints record it
     del model["dropout"]  # may change, like the learning rate
     return {"model": model, "data": data, **{name: getattr(s, name) for name in names}}
 

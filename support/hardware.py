@@ -189,11 +189,6 @@ def without_cudnn(device: torch.device) -> str:
     return "TORCH_CUDNN_SDPA_PREFERRED=0" if old else "TORCH_CUDNN_SDPA_DEPRIORITIZED=1"
 
 
-def padded_vocab_size(vocab_size: int, device: torch.device) -> int:
-    """Rows of the embedding: on CUDA a multiple of 128, which suits its matrix units; else 0, no padding."""
-    return -(-vocab_size // 128) * 128 if device.type == "cuda" else 0
-
-
 def largest_power_of_two(fits: Callable[[int], bool], limit: int) -> int:
     """The largest power of two, at most `limit`, that `fits`; 0 if not even 1 does. Tries upwards from 1."""
     size = 1

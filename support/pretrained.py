@@ -208,7 +208,7 @@ def _check_hub_name(name: str) -> None:
     if is_part and (folder / CONFIG).exists():
         advice = f"name its folder, {folder}"
     elif is_torch:
-        advice = f"`python upload_hf.py --convert {name} --out FOLDER` makes a folder of it"
+        advice = f"`python convert.py --file {name} --out FOLDER` makes a folder of it"
     else:
         advice = f"name a run, or a folder with {CONFIG} and {WEIGHTS}"
     raise UserError(f"{name}: a file: {advice}{hidden_model(name)}")

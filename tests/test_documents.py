@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT
 
 import bench
+import convert
 import generate
 import hellaswag
 import plot_loss
@@ -115,7 +116,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_flags_exist(document: Path) -> None:
-    modules = [bench, generate, hellaswag, plot_loss, settings, upload_hf]
+    modules = [bench, convert, generate, hellaswag, plot_loss, settings, upload_hf]
     modules += [fetch_tokens_hf, handle_tokens, transfer_tokens_hf]
     known = {f.name for module in modules for f in dataclasses.fields(module.Settings)}
     text = re.sub(r"`git [^`]*`|pip install [^\n`]*", "", (ROOT / document).read_text(encoding="utf-8"))
@@ -126,7 +127,7 @@ def test_flags_exist(document: Path) -> None:
 
 PARSERS = {"train_gpt2.py": settings.read_settings}
 for script, module in {
-    "bench.py": bench, "generate.py": generate, "hellaswag.py": hellaswag, "plot_loss.py": plot_loss,
+    "bench.py": bench, "convert.py": convert, "generate.py": generate, "hellaswag.py": hellaswag, "plot_loss.py": plot_loss,
     "upload_hf.py": upload_hf, "dataloader.py": fetch_tokens_hf,
     "pre_tokens/handle_tokens.py": handle_tokens, "pre_tokens/transfer_tokens_hf.py": transfer_tokens_hf,
 }.items():  # fmt: skip

@@ -55,10 +55,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def make(device: torch.device, padded: int = 0, spread: float = 0.0) -> GPT:
+def make(device: torch.device, spread: float = 0.0) -> GPT:
     """A model whose weights depend on nothing but `spread`, which makes its predictions differ more."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SIZES, padded_vocab_size=padded))
+    model = GPT(GPTConfig(**SIZES))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -78,8 +78,8 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def loss_and_gradients(dtype: torch.dtype, compiled: bool = False) -> tuple[float, dict[str, Tensor]]:
-    """Of a padded model on the device, with the loss in two chunks; in fp16 with a scale, as in training."""
-    rt, model = Runtime(DEVICE, dtype), make(DEVICE, padded=50304)
+    """Of a model on the device, with the loss in two chunks; in fp16 with a scale, as in training."""
+    rt, model = Runtime(DEVICE, dtype), make(DEVICE)
     x, y = batch().to(DEVICE)
     with rt.autocast():
         _, loss = (torch.compile(model) if compiled else model)(x, y, 2)
@@ -230,7 +230,7 @@ def test_events_and_the_clock_agree() -> None:
 
 
 def test_the_cache_gives_the_logits_of_a_full_forward_pass() -> None:
-    model = make(DEVICE, padded=50304, spread=2.0)
+    model = make(DEVICE, spread=2.0)
     rows = batch(B=2, T=40)[0].tolist()
     rows[1] = rows[1][:23]
     cache = sampling.KVCache(model.config.n_layer, 50, [0, 0])

@@ -56,7 +56,7 @@ RECORDS = [record(RNG) for _ in range(30)] + [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 with random weights, large enough ones that endings differ, and its tokenizer."""
     folder = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -74,7 +74,7 @@ def test_in_the_graphs_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(DDPOptimizer, "compile_fn", split)
     torch.manual_seed(0)
     monkeypatch.setattr(runtime, "BUCKET_MB", 16)
-    model = GPT(GPTConfig(16, 500, n_layer=4, n_head=2, n_embd=512, padded_vocab_size=512))
+    model = GPT(GPTConfig(16, 500, n_layer=4, n_head=2, n_embd=512))
     batches = torch.randint(500, (2, 2, 2, 16))  # micro-batches of inputs and targets
     rt = Runtime(torch.device("cpu"), torch.bfloat16, world_size=2)
 

@@ -13,7 +13,7 @@ import transformers
 from loopback_hub import LoopbackHub
 from torch import Tensor
 
-import upload_hf
+import convert
 from model import GPT
 from support import pretrained, run_files
 from support.cli import UserError
@@ -192,7 +192,7 @@ def test_a_file_in_place_of_a_folder_names_the_folder(
 def test_a_file_of_torch_is_to_be_converted(hub: LoopbackHub, folder: Path) -> None:
     for name in "ckpt.pt", "a.pth", "b.ckpt", "c.bin":
         Path(name).touch()
-        assert f"{name}: a file: `python upload_hf.py --convert {name} --out FOLDER`" in error(name)
+        assert f"{name}: a file: `python convert.py --file {name} --out FOLDER`" in error(name)
     for name in "gpt2.gguf", "shard.npy", "gpt2.safetensors", "notes.txt":
         Path(name).touch()
         assert f"{name}: a file: name a run, or a folder with config.json and model.safetensors" in error(
@@ -263,7 +263,7 @@ def test_a_git_lfs_pointer_is_called_one(folder: Path, tmp_path: Path) -> None:
         path.write_bytes(content[path])
     (folder / "ckpt.pt").write_bytes(POINTER)
     with pytest.raises(UserError, match=re.escape(f"ckpt.pt: {pull}")):
-        upload_hf.convert(folder / "ckpt.pt", tmp_path / "out")
+        convert.convert(folder / "ckpt.pt", tmp_path / "out")
 
 
 def test_a_folder_that_hides_a_name_of_the_hub_says_so(folder: Path, hub: LoopbackHub) -> None:
@@ -333,7 +333,7 @@ def test_a_checkpoint_of_nanogpt_converts(
                     parameter.zero_()
                     del state[name]
     save_nanogpt(tmp_path / "ckpt.pt", {prefix + name: t for name, t in state.items()}, bias=bias)
-    upload_hf.convert(tmp_path / "ckpt.pt", tmp_path / "out")
+    convert.convert(tmp_path / "ckpt.pt", tmp_path / "out")
     out = capsys.readouterr().out
     assert "step 7" in out and "GELU" in out
     torch.testing.assert_close(load(tmp_path / "out")(IDX)[0], theirs(IDX).logits, atol=1e-4, rtol=0)
@@ -342,7 +342,7 @@ def test_a_checkpoint_of_nanogpt_converts(
 def test_settings_in_a_namespace_convert(tmp_path: Path) -> None:
     theirs = random_model(vocab_size=50257)
     torch.save({"model": nanogpt_state(theirs), "config": argparse.Namespace(**SIZES)}, tmp_path / "args.pt")
-    upload_hf.convert(tmp_path / "args.pt", tmp_path / "out")
+    convert.convert(tmp_path / "args.pt", tmp_path / "out")
     torch.testing.assert_close(load(tmp_path / "out")(IDX)[0], theirs(IDX).logits, atol=1e-4, rtol=0)
 
 
@@ -364,7 +364,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, change: Callab
     change(state)
     save_nanogpt(tmp_path / "ckpt.pt", state)
     with pytest.raises(UserError, match=re.escape(message)):
-        upload_hf.convert(tmp_path / "ckpt.pt", tmp_path / "out")
+        convert.convert(tmp_path / "ckpt.pt", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
@@ -383,7 +383,7 @@ def test_files_of_other_programs_are_refused_in_one_line(tmp_path: Path) -> None
         ("model.safetensors", f"needs no conversion: --model takes its folder, {tmp_path}"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(message)) as caught:
-            upload_hf.convert(tmp_path / name, tmp_path / "out")
+            convert.convert(tmp_path / name, tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -415,5 +415,5 @@ def test_a_config_that_lies_builds_nothing(tmp_path: Path) -> None:
     sizes = {"block_size": 8, "n_layer": 10**6, "n_head": 1, "n_embd": 8}
     torch.save({"model": {"x": torch.zeros(1)}, "config": sizes}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="its config does not describe its weights"):
-        upload_hf.convert(tmp_path / "a.pt", tmp_path / "out")
+        convert.convert(tmp_path / "a.pt", tmp_path / "out")
     assert not (tmp_path / "out").exists()

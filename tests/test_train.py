@@ -201,7 +201,7 @@ def test_the_times_of_all_parts_of_a_run_add_up(train: Train, monkeypatch: pytes
     run = train(max_steps=2)  # its checkpoint has the time of step 0's validation
     monkeypatch.setattr(evaluation, "validate", validate)
     train(max_steps=4, resume=True)
-    assert json.loads((run / "summary.json").read_text())["seconds"]["evaluation"] > 1
+    assert json.loads((run / "summary.json").read_text())["seconds"]["evaluation"] >= 1  # rounded
 
 
 def test_resume_starts_afresh_where_there_is_nothing(train: Train, capsys: pytest.CaptureFixture) -> None:

@@ -13,6 +13,7 @@ import transformers
 from helpers import T, posix, run_script
 from loopback_hub import TOKEN, LoopbackHub
 
+import convert
 import plot_loss
 import upload_hf
 from model import GPT, GPTConfig
@@ -260,7 +261,7 @@ def test_an_older_checkpoint_becomes_a_folder(
     state, old = old_state(prefix)
     torch.save({"model": state, "config": OldConfig(), "step": 99, "val_loss": 3.0}, tmp_path / "old.pt")
     monkeypatch.delitem(sys.modules, "old_trainer")
-    upload_hf.convert(tmp_path / "old.pt", tmp_path / "out")
+    convert.convert(tmp_path / "old.pt", tmp_path / "out")
     idx = torch.randint(50257, (2, 24))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(theirs(idx).logits, old(idx)[0][..., :50257], atol=1e-5, rtol=0)
@@ -279,7 +280,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         torch.save(
             {"model": old_state()[0], "config": Bomb()}, protocol_file, _use_new_zipfile_serialization=zipped
         )
-        done = run_script("upload_hf.py", "--convert", protocol_file, "--out", "out")
+        done = run_script("convert.py", "--file", protocol_file, "--out", "out")
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
         assert "mkdir" in done.stderr
@@ -302,7 +303,7 @@ def test_what_is_no_older_gpt2_is_refused(tmp_path: Path, change: Callable, mess
     change(saved)
     torch.save(saved, tmp_path / "old.pt")
     with pytest.raises(UserError, match=message):
-        upload_hf.convert(tmp_path / "old.pt", tmp_path / "out")
+        convert.convert(tmp_path / "old.pt", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["old.pt"]
 
 
@@ -311,6 +312,6 @@ def test_conversion_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     with pytest.raises(UserError, match="exists: name a new folder"):
-        upload_hf.convert(tmp_path / "old.pt", tmp_path / "out")
+        convert.convert(tmp_path / "old.pt", tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
-        upload_hf.convert(tmp_path / "none.pt", tmp_path / "new")
+        convert.convert(tmp_path / "none.pt", tmp_path / "new")

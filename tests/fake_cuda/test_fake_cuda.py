@@ -16,7 +16,7 @@ from support import planning
 Report = dict[str, object]
 Reports = Callable[[str], list[Report]]
 
-GPT2 = GPTConfig(padded_vocab_size=50304)
+GPT2 = GPTConfig()
 PADDING = (50304 - 50257) * GPT2.n_embd  # the embedding's, in parameters
 N_PARAMETERS = GPT2.n_parameters + PADDING
 LOGITS = 64 * 1024 * 50257  # numbers in a micro-batch's logits
