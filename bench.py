@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from model import GPTConfig
 from pre_tokens.shards import find_shards
 from settings import PRESETS, SHAPE
 from support import cli, compiler, hardware, planning, runtime, tokenizer
-from support.cli import Dtype, UserError, flag
+from support.cli import Above0, AtLeast1, Bounds, Dtype, UserError
 from support.progress import Stopwatch
 
 KERNELS = {
@@ -66,7 +66,7 @@ class Settings:
     """Sequences per forward pass. 0: the largest that fits on a GPU, 1 on a CPU."""
     loss_chunks: int = 0
     """Chunks of the loss. 0: of 16,384 tokens each on CUDA, of 512 on a CPU."""
-    accumulation_steps: int = 1
+    accumulation_steps: AtLeast1 = 1
     """Micro-batches per step."""
     optimizer: Literal["preset", "adamw", "muon"] = "preset"
     """preset: the one that the preset trains with."""
@@ -86,23 +86,23 @@ class Settings:
     """Precision of matrix products."""
     data_dir: Path | None = None
     """Shards to read instead of random tokens."""
-    steps: int = 3
+    steps: AtLeast1 = 3
     """Steps to time."""
     warmup: int = 1
     """Untimed steps before the timed ones."""
     compare: tuple[str, str] | None = None
     """Two settings to time in turn, A B A B, each a quoted list "NAME=VALUE …" of these flags."""
-    rounds: int = 3
+    rounds: AtLeast1 = 3
     """How often --compare times each setting."""
     sweep: bool = False
     """Time many settings and say which flags are fastest."""
     plan: str | None = None
     """Estimate time, memory and cost of the preset's run on these GPUs per machine, such as 8xA100-80GB."""
-    nodes: int = 1
+    nodes: AtLeast1 = 1
     """Number of machines in --plan."""
-    network: float = 12.5
+    network: Above0 = 12.5
     """Network bandwidth between the machines in --plan, in GB/s."""
-    mfu: float = 0.45
+    mfu: Annotated[float, Bounds(above=0, at_most=1)] = 0.45
     """Model FLOPs utilisation (MFU) that --plan assumes, 0 to 1."""
     price: float = 0.0
     """Price per GPU hour in --plan."""
@@ -111,22 +111,12 @@ class Settings:
 
 
 def check_settings(s: Settings) -> None:
-    """Raise UserError on values that cannot work."""
+    """Raise UserError on settings that cannot work."""
     if runtime.world_size() > 1:
         raise UserError("bench.py times one process: start it without torchrun; --plan is for several")
     if s.preset not in PRESETS:
         raise UserError(f"--preset {s.preset}: not one of {', '.join(PRESETS)}")
-    for name in ("steps", "rounds", "nodes", "accumulation_steps"):
-        if getattr(s, name) < 1:
-            raise UserError(f"{flag(name, getattr(s, name))}: must be at least 1")
-    for name, value in vars(s).items():
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise UserError(f"{flag(name, value)}: must be at least 0")
     compiler.check(s.compile, s.device)
-    if not 0 < s.mfu <= 1:
-        raise UserError(f"--mfu {s.mfu}: must be above 0 and at most 1 (0.45 is 45 %)")
-    if not 0 < s.network < math.inf:
-        raise UserError(f"--network {s.network}: must be above 0")
 
 
 def model_config(s: Settings) -> tuple[GPTConfig, int, str]:

@@ -7,8 +7,6 @@ the others.
 
     stream = TokenStream(shards.find_shards(folder)["train"], sequence_length=1024, seed=1337, shuffle=True)
     stream.read(np.arange(0, 512))      # the 512 sequences of the first step: uint16 (512, 1025)
-
-`python dataloader.py` fetches the shards ahead of training: pre_tokens/fetch_tokens_hf.py.
 """
 
 import functools
@@ -198,10 +196,3 @@ def _to_tensors(tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tenso
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     # Waits except on CUDA: MPS would read the memory after it has been freed (pytorch/pytorch#189690).
     return tensor.to(device, non_blocking=device.type == "cuda")
-
-
-if __name__ == "__main__":
-    from pre_tokens import fetch_tokens_hf
-    from support import cli
-
-    cli.run(fetch_tokens_hf.main, must_finish=True)

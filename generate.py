@@ -17,16 +17,16 @@ import codecs
 import contextlib
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from model import GPT
 from support import cli, run_files, runtime, tokenizer
-from support.cli import Dtype, UserError, flag
+from support.cli import AtLeast1, Bounds, Dtype, Seed, UserError
 from support.linear import cast_once
 
 
@@ -36,17 +36,17 @@ class Settings:
     """A run (RUN:best: its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a Hub name."""
     prompt: str | None = None
     """Text to continue; - reads standard input. Default: a prompt loop; with no terminal, an empty prompt."""
-    num_samples: int = 3
+    num_samples: AtLeast1 = 3
     """Samples per prompt."""
-    max_new_tokens: int = 64
+    max_new_tokens: AtLeast1 = 64
     """Maximum tokens per sample; a sample ends earlier if the model ends the text."""
     temperature: float = 0.8
     """Below 1 more conservative, above 1 more varied; 0 always takes the likeliest token."""
     top_k: int = 50
     """Sample from the k likeliest tokens. 0: from all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
     """Sample from the fewest tokens whose probabilities add up to this. 1: from all."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the samples."""
     json: bool = False
     """Print one JSON object: the prompt and, for each sample, its text, tokens and why it ended."""
@@ -54,21 +54,6 @@ class Settings:
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"
     """Precision of matrix products."""
-
-
-def check_settings(s: Settings) -> None:
-    """Raise UserError on values that cannot work."""
-    for name in ("num_samples", "max_new_tokens"):
-        if getattr(s, name) < 1:
-            raise UserError(f"{flag(name, getattr(s, name))}: must be at least 1")
-    if not (math.isfinite(s.temperature) and s.temperature >= 0):
-        raise UserError(f"--temperature {s.temperature}: must be a finite number of at least 0")
-    if s.top_k < 0:
-        raise UserError(f"--top-k {s.top_k}: must be at least 0")
-    if not 0 < s.top_p <= 1:
-        raise UserError(f"--top-p {s.top_p}: must be above 0 and at most 1")
-    if not 0 <= s.seed < 2**63:
-        raise UserError(f"--seed {s.seed}: must be from 0 to 2**63 - 1")
 
 
 def encode_prompt(text: str, block_size: int) -> list[int]:
@@ -139,7 +124,6 @@ def prompt_loop(show: Callable[[str], None]) -> None:
 
 def main() -> int:
     s = cli.parse(Settings, "Sample from a model.")
-    check_settings(s)
     rt = runtime.start(s.device, s.dtype)
     model = GPT.from_pretrained(run_files.find_model(s.model)).to(rt.device)
     if model.config.vocab_size != tokenizer.VOCAB_SIZE:

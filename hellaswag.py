@@ -285,8 +285,6 @@ class Settings:
 
 def main() -> None:
     s = cli.parse(Settings, "Evaluate a model on HellaSwag.")
-    if s.limit < 0:
-        raise UserError(f"--limit {s.limit}: must be at least 0")
     with runtime.start(s.device, s.dtype) as rt:
         if s.dtype == "auto" and rt.device.type == "cpu":
             rt = dataclasses.replace(rt, dtype=torch.float32)

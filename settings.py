@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from support import cli, compiler, trackers
-from support.cli import Dtype, UserError, flag
+from support.cli import Above0, AtLeast1, Below1, Dtype, Fraction, Seed, UserError, flag
 
 Schedule = Literal["cosine", "linear", "wsd"]
 OptimizerName = Literal["adamw", "muon"]
@@ -44,17 +43,17 @@ class RunSettings:
     """Create the repository of --push-to-hub for everyone to see. Default: private."""
     init_from: str = "scratch"
     """Initial weights: scratch, a Hub name (gpt2), or a folder: a run, a checkpoint, a Hugging Face GPT-2."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Seed of the initial weights, the order of the data and the samples."""
 
 
 @dataclass
 class BatchSettings:
-    total_batch_size: int = 524_288
+    total_batch_size: AtLeast1 = 524_288
     """Tokens per optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int = 0
     """Micro-batch: sequences per process per forward pass. 0: the largest power of two that fits."""
-    sequence_length: int = 1024
+    sequence_length: AtLeast1 = 1024
     """Tokens per sequence."""
     loss_chunks: int = 0
     """Chunks of the loss; more use less memory. 0: of 16,384 tokens each on CUDA, of 512 on a CPU."""
@@ -62,15 +61,15 @@ class BatchSettings:
 
 @dataclass
 class ModelSettings:
-    block_size: int = 1024
+    block_size: AtLeast1 = 1024
     """Context length of the model, at least --sequence-length; positions beyond that stay untrained."""
-    n_layer: int = 12
+    n_layer: AtLeast1 = 12
     """Transformer blocks."""
-    n_head: int = 12
+    n_head: AtLeast1 = 12
     """Attention heads per block."""
-    n_embd: int = 768
+    n_embd: AtLeast1 = 768
     """Width, a multiple of --n-head."""
-    dropout: float = 0.0
+    dropout: Below1 = 0.0
     """Dropout of embeddings, attention and residual paths in training; 0.1 in transformers' GPT-2."""
 
 
@@ -78,25 +77,25 @@ class ModelSettings:
 class OptimizerSettings:
     optimizer: OptimizerName = "adamw"
     """adamw for all parameters, or muon for the blocks' matrices and adamw for the rest."""
-    learning_rate: float = 6e-4
+    learning_rate: Above0 = 6e-4
     """Peak learning rate."""
-    embedding_lr_ratio: float = 1.0
+    embedding_lr_ratio: Above0 = 1.0
     """Learning rate of the embeddings, as a multiple of --learning-rate."""
-    adam_beta2: float = 0.95
+    adam_beta2: Below1 = 0.95
     """AdamW's decay rate of the mean squared gradient."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Fraction = 0.1
     """Final learning rate, as a fraction of the peak."""
     warmup_steps: int = 715
     """Steps over which the learning rate rises to its peak."""
     schedule: Schedule = "cosine"
     """Decay after warm-up. wsd: hold the peak, then a line over the last --cooldown-fraction of the steps."""
-    cooldown_fraction: float = 0.3
+    cooldown_fraction: Fraction = 0.3
     """Fraction of all steps spent in the decay of wsd."""
     weight_decay: float = 0.1
     """Weight decay of matrices; biases and LayerNorms have none."""
     grad_clip: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it. 0: no limit."""
-    max_bad_steps: int = 5
+    max_bad_steps: AtLeast1 = 5
     """Stop after this many steps in a row with a non-finite loss or gradient. Such steps are skipped."""
 
 
@@ -104,7 +103,7 @@ class OptimizerSettings:
 class EvaluationSettings:
     val_interval: int = 500
     """Steps between validations; also before the first step and after the last. 0: no validation."""
-    val_tokens: int = 10_485_760
+    val_tokens: AtLeast1 = 10_485_760
     """Validation tokens, from the start of the validation shards; all of them if there are fewer."""
     hellaswag_interval: int = 1000
     """Steps between HellaSwag evaluations; also before the first step and after the last. 0: none."""
@@ -114,7 +113,7 @@ class EvaluationSettings:
     """Steps between samples. 0: only at the end."""
     checkpoint_interval: int = 500
     """Steps between checkpoints. 0: only at the end."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: AtLeast1 = 3
     """How many of the newest checkpoints to keep."""
     checkpoint_minutes: float = 15.0
     """Also write a checkpoint once the last one is this many minutes old. 0: by steps only."""
@@ -300,9 +299,6 @@ def settings_from_config(path: Path) -> Settings:
         recorded = dict(json.loads(file.read_text(encoding="utf-8-sig"))["settings"])
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"--preset {path}: not the config.json of a run ({error!r})") from error
-    # Runs recorded before there was --track have a setting for each of two trackers.
-    earlier = [name for name in ("tensorboard", "wandb") if recorded.pop(name, False)]
-    recorded = {"track": ",".join(earlier)} | recorded
     known = {field.name: field.default for field in dataclasses.fields(Settings)}
     if unknown := recorded.keys() - known:
         raise UserError(f"--preset {path}: unknown settings: {', '.join(sorted(unknown))}")
@@ -325,25 +321,7 @@ def parse(defaults: Settings, args: list[str] | None) -> Settings:
 
 
 def check_settings(s: Settings, world_size: int) -> None:
-    """Raise UserError on values that cannot work, before anything is touched."""
-    for name in ("total_batch_size", "sequence_length", "block_size", "n_layer", "n_head", "n_embd"):
-        if getattr(s, name) < 1:
-            raise UserError(f"{flag(name, getattr(s, name))}: must be at least 1")
-    for name in ("learning_rate", "embedding_lr_ratio", "val_tokens", "keep_checkpoints", "max_bad_steps"):
-        if not getattr(s, name) > 0:
-            raise UserError(f"{flag(name, getattr(s, name))}: must be above 0")
-    for field in dataclasses.fields(s):
-        value = getattr(s, field.name)
-        if isinstance(value, int | float) and (value < 0 or not math.isfinite(value)):
-            raise UserError(f"{flag(field.name, value)}: must be a finite number of at least 0")
-    for name in ("cooldown_fraction", "min_lr_ratio"):
-        if getattr(s, name) > 1:
-            raise UserError(f"{flag(name, getattr(s, name))}: a fraction, at most 1")
-    if s.seed >= 2**63:
-        raise UserError(f"{flag('seed', s.seed)}: must be below 2**63")
-    for name in ("dropout", "adam_beta2"):
-        if getattr(s, name) >= 1:
-            raise UserError(f"{flag(name, getattr(s, name))}: must be below 1")
+    """Raise UserError on settings that cannot work together, before anything is touched."""
     trackers.names(s.track)
     if s.resume and s.overwrite:
         raise UserError("--resume --overwrite: one keeps the run, the other deletes it: drop one of them")

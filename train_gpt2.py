@@ -45,7 +45,6 @@ from support import (
     run_files,
     run_folder,
     runtime,
-    tokenizer,
 )
 from support.cli import UserError
 from support.loss import default_chunks
@@ -196,7 +195,7 @@ def set_up(s: Settings, rt: Runtime) -> Run:
 
 def scratch_config(s: Settings) -> GPTConfig:
     """The model that the flags describe."""
-    return GPTConfig(s.block_size, tokenizer.VOCAB_SIZE, s.n_layer, s.n_head, s.n_embd, s.dropout)
+    return GPTConfig(s.block_size, shards.vocab_size(s.data_dir), s.n_layer, s.n_head, s.n_embd, s.dropout)
 
 
 def refuse_long_run(s: Settings, config: GPTConfig, rt: Runtime) -> None:
@@ -244,9 +243,9 @@ def build_model(s: Settings, device: torch.device) -> GPT:
         # A resumed run starts from its own checkpoint, restored later: --init-from may be gone by then.
         begun = checkpoint.latest_intact(s.out_dir)[0] if s.resume else None
         model = GPT.from_pretrained(begun or run_files.find_model(s.init_from), s.dropout)
-        if model.config.vocab_size != tokenizer.VOCAB_SIZE:
+        if model.config.vocab_size != (n_ids := shards.vocab_size(s.data_dir)):
             raise UserError(
-                f"--init-from {s.init_from}: {model.config.vocab_size} token ids, the data has GPT-2's 50257"
+                f"--init-from {s.init_from}: {model.config.vocab_size} token ids, the data has {n_ids}"
             )
     if s.sequence_length > model.config.block_size:
         fix = "--block-size" if s.init_from == "scratch" else "--init-from"

@@ -22,7 +22,7 @@ import torch
 import bench
 from model import GPT, GPTConfig
 from support import cli, runtime
-from support.cli import Dtype
+from support.cli import AtLeast1, Dtype
 
 
 @dataclass
@@ -31,11 +31,11 @@ class Settings:
     """Folders with the peers' files."""
     data_dir: Path | None = None
     """Shards to read instead of random tokens."""
-    micro_batch_size: int = 1
+    micro_batch_size: AtLeast1 = 1
     """Sequences of 1,024 tokens per step."""
-    new_tokens: int = 64
+    new_tokens: AtLeast1 = 64
     """Tokens to sample after a prompt of one."""
-    rounds: int = 3
+    rounds: AtLeast1 = 3
     """How often each side is measured."""
     dtype: Dtype = "float32"
     """Precision of matrix products in training; sampling is in float32."""

@@ -47,12 +47,12 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.fx import GraphModule
 
 from model import GPT, GPTConfig
-from support.cli import UserError, parse, run
+from support.cli import AtLeast1, UserError, parse, run
 
 
 @dataclass
 class Settings:
-    micro_batch_size: int = 64
+    micro_batch_size: AtLeast1 = 64
     """Sequences in a micro-batch, of 1,024 tokens."""
     loss_chunks: int = 4
     """Chunks of the loss."""

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import GPT, GPTConfig
 from support import cli, run_files, runtime
+from support.cli import AtLeast1
 from support.linear import Linear, cast_once
 from support.runtime import Runtime
 
@@ -31,11 +32,11 @@ from support.runtime import Runtime
 class Settings:
     model: str = ""
     """A run, a folder or a Hub name. Default: random weights in the shape of GPT-2 124M."""
-    prompt_tokens: int = 16
+    prompt_tokens: AtLeast1 = 16
     """Length of the prompt."""
-    new_tokens: int = 64
+    new_tokens: AtLeast1 = 64
     """Tokens to generate."""
-    rounds: int = 5
+    rounds: AtLeast1 = 5
     """How often each variant is measured; the median counts."""
     device: str = "cpu"
     """cpu or cuda."""

@@ -26,7 +26,7 @@ import bench
 from pre_tokens.shards import names_in
 from settings import PRESETS
 from support import cli, compiler, files, gpus, hardware, planning, runtime
-from support.cli import UserError
+from support.cli import Above0, UserError
 from support.progress import Stopwatch
 from support.runtime import Runtime
 
@@ -45,7 +45,7 @@ class Settings:
     """Folder of token shards."""
     out: Path = Path("benchmarks/log/gpu_report")
     """Folder for report.md, report.json, figures, logs and the runs made on the way."""
-    minutes: float = 25.0
+    minutes: Above0 = 25.0
     """Time for all of it. Each part has a share; what one leaves over goes to the later ones."""
     only: str = ""
     """Some of the parts (device, speed, rehearsal, peers, recipes, between-steps), separated by commas; the results of the others in --out are kept."""  # noqa: E501

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import hellaswag
 from model import GPT, GPTConfig
 from support import cli, hardware, run_files, runtime
-from support.cli import Dtype
+from support.cli import AtLeast1, Dtype
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Settings:
     """A local HellaSwag file. Default: the published validation file, fetched once."""
     limit: int = 100
     """Only the first N examples. 0: all."""
-    rounds: int = 3
+    rounds: AtLeast1 = 3
     """How often each way is measured; the median counts."""
     device: str = "auto"
     """cpu or cuda."""

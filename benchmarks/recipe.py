@@ -36,7 +36,7 @@ from recipe_report import Result
 
 from pre_tokens import shards
 from support import cli, files, metrics, tokenizer
-from support.cli import Dtype, UserError
+from support.cli import AtLeast1, Dtype, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VAL_TOKENS = 65_536
@@ -52,9 +52,9 @@ class Settings:
     """Recipes to train, besides the reference."""
     lengths: list[float] = field(default_factory=lambda: [5.0, 10.0])
     """Lengths of a run, in tokens per parameter of the blocks' matrices. Rates are swept at the shortest."""
-    seeds: int = 3
+    seeds: AtLeast1 = 3
     """Seeds for each recipe at its best rate."""
-    jobs: int = 1
+    jobs: AtLeast1 = 1
     """Runs at the same time; they share the cores."""
     dtype: Dtype = "auto"
     """Precision of matrix products."""
@@ -122,9 +122,8 @@ class Ladder:
             "keep_checkpoints": 1,
             "max_bad_steps": shape.steps(length),  # too large a rate is a result, not an error
         }
-        script = str(ROOT / "benchmarks" / "train_small_vocabulary.py")
         flags = cli.flags({**key["flags"], **flags_of_place})
-        command = [sys.executable, script, str(shape.vocab_size), "--resume", *flags]
+        command = [sys.executable, str(ROOT / "train_gpt2.py"), "--resume", *flags]
         threads = max(1, (os.cpu_count() or 1) // s.jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         done = subprocess.run(

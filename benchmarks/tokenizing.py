@@ -24,6 +24,7 @@ import tiktoken
 
 from pre_tokens import build_shards, builtin_corpus, sources
 from support import cli, tokenizer
+from support.cli import AtLeast1
 
 # tiktoken's own spelling of the rule, which the pool uses.
 PUBLISHED_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -33,9 +34,9 @@ PUBLISHED_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N
 class Settings:
     files: list[str] = field(default_factory=list)
     """Text to encode: .txt, .jsonl, .jsonl.gz, .parquet. None: the built-in corpus, ten times over."""
-    workers: int = os.cpu_count() or 1
+    workers: AtLeast1 = os.cpu_count() or 1
     """Processes of the pool, and threads of ours."""
-    rounds: int = 5
+    rounds: AtLeast1 = 5
     """How often each side is timed."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from pre_tokens import shards
+from pre_tokens import shards, transfer_tokens_hf
 from support import files, tokenizer
 
 
@@ -37,7 +37,10 @@ def reencode(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def reencode_folder(data_dir: Path, out_dir: Path, vocab_size: int) -> None:
-    """Every shard of `data_dir` in the small vocabulary, under the same names; those that exist stay."""
+    """Write every shard of `data_dir` in the small vocabulary under the same name, and a manifest.
+
+    Shards that exist stay.
+    """
     for found in shards.find_shards(data_dir).values():
         for shard in found:
             target = out_dir / shard.path.name
@@ -47,3 +50,5 @@ def reencode_folder(data_dir: Path, out_dir: Path, vocab_size: int) -> None:
                 np.save(buffer, reencode(shard.map(), vocab_size))
                 files.make_folder(out_dir)
                 files.write_atomically(target, buffer.getvalue())
+    if not (out_dir / shards.MANIFEST).exists():
+        shards.write_manifest(out_dir, {**transfer_tokens_hf.manifest_of(out_dir), "vocab_size": vocab_size})

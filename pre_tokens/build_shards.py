@@ -58,8 +58,6 @@ def build(source: Source, out_dir: Path, name: str, shard_size: int = 0, workers
     Raises UserError if the folder contains shards of something else, or the source no text or too little.
     """
     workers = workers or os.cpu_count() or 1
-    if shard_size < 0:
-        raise UserError(f"--shard-size {shard_size}: must be at least 1")
     # Looked at before the folder is created: a source that cannot be read must leave nothing behind.
     recipe = {
         "source": source.describe(),
@@ -129,10 +127,8 @@ class ShardWriter:
 
     @property
     def size(self) -> int:
-        """Tokens for the current shard. Manifests of earlier versions have one size for all."""
-        return (
-            len(self.buffer) if self.manifest["shards"] else self.manifest.get("val_size", len(self.buffer))
-        )
+        """Tokens for the current shard."""
+        return len(self.buffer) if self.manifest["shards"] else self.manifest["val_size"]
 
     @property
     def is_full(self) -> bool:

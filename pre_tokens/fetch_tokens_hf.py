@@ -3,7 +3,7 @@
     python pre_tokens/fetch_tokens_hf.py                       # ahead of training: all shards of the recipe
     python pre_tokens/fetch_tokens_hf.py --num-shards 10       # the first ten
 
-train_gpt2.py fetches what it needs by itself. `python dataloader.py` does the same as this script.
+train_gpt2.py fetches what it needs by itself.
 """
 
 import contextlib

@@ -202,6 +202,8 @@ def read_manifest(path: Path, where: str = "") -> dict | None:
             )
             if not valid:
                 raise ValueError(f"shard {shard!r}")
+        if not 0 < manifest.get("vocab_size", VOCAB_SIZE) <= VOCAB_SIZE:
+            raise ValueError(f"vocab_size {manifest['vocab_size']!r}")
         Place(**(manifest.get("next") or {}))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a manifest of shards ({error!r}): restore it or remove it") from error
@@ -231,6 +233,11 @@ def check_complete(folder: Path, num_shards: int = 0) -> None:
             f"{folder / gone[0]['file']}: missing, but {MANIFEST} lists it: restore it, or use fewer shards "
             f"with --num-shards ({len(gone)} missing)"
         )
+
+
+def vocab_size(folder: Path) -> int:
+    """The number of token ids that a model of this folder's shards needs: GPT-2's, or the manifest's."""
+    return (read_manifest(folder / MANIFEST) or {}).get("vocab_size", VOCAB_SIZE)
 
 
 def describe(folder: Path, used: list[Shard]) -> dict[str, object]:

@@ -4,8 +4,8 @@
     python pre_tokens/transfer_tokens_hf.py --folder data/mine --repo-id USER/NAME
 
 The token comes from HF_TOKEN or from `hf auth login`. If interrupted, run the same command again: shards that
-the Hub already has, with the same SHA-256, are not sent twice. To fetch them, give train_gpt2.py or
-dataloader.py `--dataset-repo USER/NAME --data-dir DIR`.
+the Hub already has, with the same SHA-256, are not sent twice. To train on
+them, give train_gpt2.py `--dataset-repo USER/NAME --data-dir DIR`.
 """
 
 import functools

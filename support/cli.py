@@ -2,14 +2,17 @@
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import io
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NoReturn, TextIO, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Literal, NoReturn, TextIO, TypeVar
 
 import tyro
 
@@ -26,6 +29,34 @@ class UserError(Exception):
     """A mistake in a flag or an input file. The text names the flag or file, what is wrong, what to do."""
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """The finite numbers that a flag takes, noted beside its field; without a note, those of at least 0.
+
+    top_p: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
+    """
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def check(self, name: str, value: float) -> None:
+        """Raise UserError if the setting `name` has a value out of bounds."""
+        if not (self.at_least <= value <= self.at_most and self.above < value < self.below):
+            limits = {word.replace("_", " "): limit for word, limit in vars(self).items()}
+            texts = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+            texts = texts if math.isfinite(value) else ["finite", *texts]
+            raise UserError(f"{flag(name, value)}: must be {' and '.join(texts)}")
+
+
+AtLeast1 = Annotated[int, Bounds(at_least=1)]
+Above0 = Annotated[float, Bounds(above=0)]
+Below1 = Annotated[float, Bounds(at_least=0, below=1)]
+Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
+Seed = Annotated[int, Bounds(at_least=0, below=2**63)]
+
+
 def parse(
     settings: type[T], description: str, default: T | None = None, args: Sequence[str] | None = None
 ) -> T:
@@ -33,24 +64,40 @@ def parse(
 
     A field's docstring is its help text; `default` holds the values of fields that no flag sets. The fields
     of a nested dataclass become flags without a prefix, shown as a group of their own.
-    Raises UserError on a flag that does not parse.
+    Raises UserError on a flag that does not parse, or a number out of its field's Bounds.
     """
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
             kwargs = {} if default is None else {"default": default}
-            return tyro.cli(
+            parsed = tyro.cli(
                 settings, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,), **kwargs
             )
     except SystemExit as stop:
         if stop.code != 2:
             raise
+        raise UserError(_message_of_tyro(captured.getvalue())) from None
+    _check_bounds(parsed)
+    return parsed
+
+
+def _message_of_tyro(output: str) -> str:
     # tyro draws a box: a title (in ASCII with a rule below), the message, a rule, advice.
-    lines = [line.strip("│ ") for line in captured.getvalue().splitlines()[1:]]
+    lines = [line.strip("│ ") for line in output.splitlines()[1:]]
     is_rule = [not line.strip("─-") for line in lines]
     begin = is_rule.index(False)
     end = is_rule.index(True, begin)
-    raise UserError(f"{' '.join(lines[begin:end]).removesuffix('.')}: see --help")
+    return f"{' '.join(lines[begin:end]).removesuffix('.')}: see --help"
+
+
+def _check_bounds(settings: object) -> None:
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_bounds(value)
+        elif isinstance(value, int | float):
+            noted = [note for note in getattr(field.type, "__metadata__", ()) if isinstance(note, Bounds)]
+            (noted or [Bounds(at_least=0)])[0].check(field.name, value)
 
 
 def given(name: str, args: Sequence[str] | None = None) -> str | None:

@@ -19,6 +19,7 @@ from support.cli import UserError
 from support.files import sha256_of
 
 REPO = "ann/words"
+FETCH = "pre_tokens/fetch_tokens_hf.py"
 TRANSFER = "pre_tokens/transfer_tokens_hf.py"
 
 
@@ -178,7 +179,7 @@ def test_a_fetch_killed_at_random_moments_ends_with_the_same_bytes(
     kills = 0
     while True:
         args = ["--dataset-repo", REPO, "--data-dir", str(back)]
-        process = subprocess.Popen(command("dataloader.py", *args), env=environment(hub, tmp_path))
+        process = subprocess.Popen(command(FETCH, *args), env=environment(hub, tmp_path))
         try:
             process.wait(random.uniform(2.0, 4.5) if kills < 2 else 100)
         except subprocess.TimeoutExpired:
@@ -367,7 +368,7 @@ def test_fetching_again_finds_damage(tmp_path: Path, hub: LoopbackHub, folder: P
     data = bytearray(path.read_bytes())
     data[-1001] ^= 1
     path.write_bytes(data)
-    done = script(hub, tmp_path, "dataloader.py", "--dataset-repo", REPO, "--data-dir", str(folder))
+    done = script(hub, tmp_path, FETCH, "--dataset-repo", REPO, "--data-dir", str(folder))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: {path}: damaged")
 
@@ -376,8 +377,7 @@ def test_two_machines_fetch_into_one_folder(tmp_path: Path, hub: LoopbackHub, fo
     publish(hub, folder)
     args = ["--dataset-repo", REPO, "--data-dir", str(tmp_path / "back")]
     processes = [
-        subprocess.Popen(command("dataloader.py", *args), env=environment(hub, tmp_path), cwd=ROOT)
-        for _ in range(2)
+        subprocess.Popen(command(FETCH, *args), env=environment(hub, tmp_path), cwd=ROOT) for _ in range(2)
     ]
     assert [process.wait(timeout=100) for process in processes] == [0, 0]
     assert contents(tmp_path / "back") == contents(folder)

@@ -446,7 +446,7 @@ def test_fineweb_edu_is_pinned() -> None:
         ("a.txt", b"", [], "no text in the source"),
         ("a.parquet", b"PAR1 not", [], "a.parquet: damaged"),
         ("a.csv", b"a,b", [], "a.csv: not one of .txt, .jsonl"),
-        ("a.txt", b"a", ["--shard-size", "-3"], "--shard-size -3: must be at least 1"),
+        ("a.txt", b"a", ["--shard-size", "-3"], "--shard-size -3: must be at least 0"),
         ("a.txt", b"a", ["--name", "../up"], "--name ../up: not usable in a file name"),
         ("a.txt", b"a", ["--repo-id", "ann/web"], "--files --repo-id: two sources"),
     ],

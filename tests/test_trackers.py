@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import history
 
-from settings import PRESETS, check_settings, settings_from_config
+from settings import PRESETS, check_settings
 from support import metrics
 from support.cli import UserError
 
@@ -176,18 +176,6 @@ def test_a_folder_called_wandb_is_no_package(tmp_path: Path, monkeypatch: pytest
     assert importlib.util.find_spec("wandb") is not None
     with pytest.raises(UserError, match="its package is missing: pip install wandb"):
         check_settings(dataclasses.replace(PRESETS["demo"], track="wandb"), 1)
-
-
-def test_the_config_of_an_older_run_is_read(train: Train) -> None:
-    path = train(max_steps=0) / "config.json"
-    config = json.loads(path.read_text())
-    assert config["settings"].pop("track") == ""
-    for old, track in (((False, False), ""), ((False, True), "wandb"), ((True, True), "tensorboard,wandb")):
-        config["settings"] |= dict(zip(("tensorboard", "wandb"), old, strict=True))
-        path.write_text(json.dumps(config))
-        assert settings_from_config(path).track == track
-    path.write_text(json.dumps({"settings": {"track": "trackio"}}))
-    assert settings_from_config(path).track == "trackio"
 
 
 class SummaryWriter:

@@ -26,6 +26,7 @@ import train_gpt2
 from dataloader import TokenStream
 from model import GPT, GPTConfig
 from optim import learning_rate_factor
+from pre_tokens import shards, transfer_tokens_hf
 from pre_tokens.shards import find_shards
 from settings import PRESETS, settings_from_config
 from support import checkpoint, files, hardware, metrics
@@ -202,6 +203,16 @@ def test_the_times_of_all_parts_of_a_run_add_up(train: Train, monkeypatch: pytes
     monkeypatch.setattr(evaluation, "validate", validate)
     train(max_steps=4, resume=True)
     assert json.loads((run / "summary.json").read_text())["seconds"]["evaluation"] >= 1  # rounded
+
+
+def test_the_manifest_sets_the_vocabulary_size(train: Train, data_dir: Path) -> None:
+    manifest = {**transfer_tokens_hf.manifest_of(data_dir), "vocab_size": 300}
+    shards.write_manifest(data_dir, manifest)
+    run = train(max_steps=1)
+    assert transformers.AutoConfig.from_pretrained(run / "checkpoints" / "step_000001").vocab_size == 300
+    shards.write_manifest(data_dir, {**manifest, "vocab_size": "300"})
+    with pytest.raises(UserError, match=r"manifest.json: not a manifest of shards"):
+        train("other", max_steps=1)
 
 
 def test_resume_starts_afresh_where_there_is_nothing(train: Train, capsys: pytest.CaptureFixture) -> None:
