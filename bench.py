@@ -1,9 +1,9 @@
-"""How fast this machine trains, and which settings are best.
+"""Measure how fast this machine trains, and find the best settings.
 
     python bench.py                                              # tokens/s, MFU, memory, parts of a step
     python bench.py --compare "compile=False" "compile=True"     # two settings in turn, A B A B
     python bench.py --sweep                                      # micro-batches, compilation, attention
-    python bench.py --plan 8xA100-80GB --price 1.5               # a run on other GPUs, on paper
+    python bench.py --plan 8xA100-80GB --price 1.5               # estimate a run on other GPUs
 
 MFU: 6N + 12·L·d·T FLOPs per token (GPTConfig.flops_per_token) as a fraction of the device's peak rate.
 """
@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dataloader
@@ -41,6 +41,7 @@ from settings import PRESETS, SHAPE
 from support import cli, compiler, hardware, planning, runtime, tokenizer
 from support.cli import Above0, AtLeast1, Bounds, Dtype, UserError
 from support.progress import Stopwatch
+from support.runtime import Runtime
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -53,7 +54,7 @@ KERNELS = {
 @dataclass
 class Settings:
     preset: str = "gpt2-124m"
-    """Preset whose model, sequence length, batch and optimizer are timed or planned."""
+    """Preset to time or plan: its model, sequence length, batch and optimizer."""
     n_layer: int = 0
     """Transformer blocks. 0: the preset's."""
     n_head: int = 0
@@ -65,15 +66,15 @@ class Settings:
     micro_batch_size: int = 0
     """Sequences per forward pass. 0: the largest that fits on a GPU, 1 on a CPU."""
     loss_chunks: int = 0
-    """Chunks of the loss. 0: of 16,384 tokens each on CUDA, of 512 on a CPU."""
+    """Chunks of the loss. 0: chunks of 16,384 tokens on CUDA, of 512 on a CPU."""
     accumulation_steps: AtLeast1 = 1
     """Micro-batches per step."""
     optimizer: Literal["preset", "adamw", "muon"] = "preset"
-    """preset: the one that the preset trains with."""
+    """preset: that of the preset."""
     attention: Literal["default", "cudnn", "flash", "efficient", "math"] = "default"
-    """Attention kernel; default: the one that PyTorch chooses."""
+    """Attention kernel. default: PyTorch chooses."""
     loader: Literal["memmap", "int64"] = "memmap"
-    """memmap: this project's. int64: a shard in memory, cut in the main thread, as in older scripts."""
+    """memmap: ours. int64: a whole shard in memory, sliced in the main thread, as in older scripts."""
     sync: bool = False
     """Wait for the device after each step, as older scripts do."""
     compile: bool = False
@@ -91,13 +92,13 @@ class Settings:
     warmup: int = 1
     """Untimed steps before the timed ones."""
     compare: tuple[str, str] | None = None
-    """Two settings to time in turn, A B A B, each a quoted list "NAME=VALUE …" of these flags."""
+    """Time two settings in turn, A B A B: two quoted lists "NAME=VALUE …" of these flags."""
     rounds: AtLeast1 = 3
-    """How often --compare times each setting."""
+    """Number of times --compare measures each setting."""
     sweep: bool = False
-    """Time many settings and say which flags are fastest."""
+    """Time many settings and print the fastest flags."""
     plan: str | None = None
-    """Estimate time, memory and cost of the preset's run on these GPUs per machine, such as 8xA100-80GB."""
+    """Estimate time, memory and cost of the preset's run on the GPUs of a machine, such as 8xA100-80GB."""
     nodes: AtLeast1 = 1
     """Number of machines in --plan."""
     network: Above0 = 12.5
@@ -111,7 +112,7 @@ class Settings:
 
 
 def check_settings(s: Settings) -> None:
-    """Raise UserError on settings that cannot work."""
+    """Raise UserError on settings that cannot work together."""
     if runtime.world_size() > 1:
         raise UserError("bench.py times one process: start it without torchrun; --plan is for several")
     if s.preset not in PRESETS:
@@ -120,7 +121,7 @@ def check_settings(s: Settings) -> None:
 
 
 def model_config(s: Settings) -> tuple[GPTConfig, int, str]:
-    """The model to time or plan, its sequence length and its optimizer."""
+    """Return the model to time or plan, its sequence length and its optimizer."""
     p = PRESETS[s.preset]
     T = s.sequence_length or p.sequence_length
     name = p.optimizer if s.optimizer == "preset" else s.optimizer
@@ -132,7 +133,7 @@ def model_config(s: Settings) -> tuple[GPTConfig, int, str]:
 
 
 def micro_batches(s: Settings, B: int, T: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches: random tokens, or those of --data-dir, through our loader or an int64 shard."""
+    """Yield batches without end: random tokens, or those of --data-dir through the --loader."""
     if s.data_dir is None:
         x, y = torch.randint(tokenizer.VOCAB_SIZE, (2, B, T), device=device)
         while True:
@@ -153,7 +154,7 @@ def micro_batches(s: Settings, B: int, T: int, device: torch.device) -> Iterator
 
 
 def timed(batches: Iterator[tuple[Tensor, Tensor]], watch: Stopwatch) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches; the watch learns when each is asked for and when it comes."""
+    """Yield the same batches, and mark the watch before and after each."""
     while True:
         watch.mark("backward")  # of the micro-batch before
         batch = next(batches)
@@ -161,26 +162,13 @@ def timed(batches: Iterator[tuple[Tensor, Tensor]], watch: Stopwatch) -> Iterato
         yield batch
 
 
-class TimedModel:
-    """Calls a model and marks the end of its forward pass."""
-
-    def __init__(self, model: nn.Module, watch: Stopwatch) -> None:
-        self.model, self.watch = model, watch
-
-    def __call__(self, *args: object) -> object:
-        result = self.model(*args)
-        self.watch.mark("forward")
-        return result
-
-
-def measure(s: Settings) -> dict[str, object]:
-    """Time training steps as the settings say."""
-    rt = runtime.start(s.device, s.dtype)
+def build_trainer(s: Settings, rt: Runtime) -> train_gpt2.Trainer:
+    """Build the trainer as train_gpt2.py would with these settings."""
     config, T, name = model_config(s)
     hardware.avoid_faulty_attention(T, config.dropout)
     p = PRESETS[s.preset]
     B = s.micro_batch_size or (0 if rt.device.type == "cuda" else 1)
-    # 0: what fits with as many sequences as training has on one GPU, if that T suits the preset's step.
+    # With B = 0, search what fits when a step has as many sequences as the preset's on one GPU.
     sequences = s.accumulation_steps * B or (64 if p.total_batch_size % T else p.total_batch_size // T)
     shape = {size: getattr(config, size) for size in SHAPE}
     training = dataclasses.replace(
@@ -192,14 +180,22 @@ def measure(s: Settings) -> dict[str, object]:
     if s.compile:
         compiler.try_out(rt)
     trainer = train_gpt2.build_trainer(training, rt, model)
-    B, trainer.accumulation_steps = trainer.micro_batch_size, s.accumulation_steps
-    watch = Stopwatch(rt.device)
+    trainer.accumulation_steps = s.accumulation_steps
+    return trainer
+
+
+def measure(s: Settings) -> dict[str, object]:
+    """Time training steps. Raises UserError if a loss or gradient is not finite."""
+    rt = runtime.start(s.device, s.dtype)
+    config, T, name = model_config(s)
+    trainer = build_trainer(s, rt)
+    B, watch = trainer.micro_batch_size, Stopwatch(rt.device)
     trainer.optimizers[0].register_step_pre_hook(lambda *_: watch.mark("backward"))
-    trainer.train_model = TimedModel(trainer.train_model, watch)
+    trainer.train_model.register_forward_hook(lambda *_: watch.mark("forward"))
     batches = timed(micro_batches(s, B, T, rt.device), watch)
     tokens = s.accumulation_steps * B * T
 
-    known = hardware.peak_flops(rt.device, rt.dtype)  # else measured before and after, as machines vary
+    known = hardware.peak_flops(rt.device, rt.dtype)  # otherwise measured before and after the steps
     peak = known or hardware.measured_flops(rt.device, rt.dtype)
     begin, kernel = time.perf_counter(), KERNELS.get(s.attention)
     results: list[train_gpt2.StepResult] = []
@@ -217,7 +213,7 @@ def measure(s: Settings) -> dict[str, object]:
     laps = watch.seconds()[s.warmup :]
     check_finite(*(result.loss.item() for result in results))
     norms = [result.grad_norm.item() for result in results]
-    if rt.dtype == torch.float16:  # the first gradients may overflow, but not all
+    if rt.dtype == torch.float16:  # the first gradients may overflow, but not all of them
         norms = [norm for norm in norms if math.isfinite(norm)] or [math.nan]
     check_finite(*norms)
     durations = [sum(lap.values()) for lap in laps]
@@ -250,16 +246,13 @@ def measure(s: Settings) -> dict[str, object]:
 
 
 def check_finite(*numbers: float | None) -> None:
-    """Raise UserError if a number is not finite: the steps that gave it are not worth timing."""
+    """Raise UserError if a loss or gradient is not finite, because then times mean nothing."""
     if not all(number is not None and math.isfinite(number) for number in numbers):
-        raise UserError(
-            "loss or gradient not finite, so figures of it mean nothing: try another attention kernel, or "
-            "without torch.compile"
-        )
+        raise UserError("loss or gradient not finite: try another attention kernel, or no compilation")
 
 
 def describe(result: dict[str, object]) -> str:
-    """A measurement for a person to read."""
+    """Format a measurement as text."""
     machine = result["hardware"]
     parts = ", ".join(f"{part} {ms:,.1f}" for part, ms in result["parts_ms"].items())
     return (
@@ -282,7 +275,7 @@ def describe(result: dict[str, object]) -> str:
 
 
 def override(s: Settings, text: str) -> Settings:
-    """Settings overridden by "NAME=VALUE NAME=VALUE", read with the command line's own parser."""
+    """Override settings by "NAME=VALUE NAME=VALUE", parsed like flags."""
     flags = []
     for item in text.split():
         name, equals, value = item.partition("=")
@@ -296,9 +289,9 @@ def override(s: Settings, text: str) -> Settings:
 
 
 def measure_apart(s: Settings, environment: dict[str, str] | None = None) -> dict[str, object]:
-    """`measure` in a process of its own, with its own memory and compiled code.
+    """Run `measure` in a separate process, with its own memory and compiled code.
 
-    environment: variables to add to this process's.
+    environment: variables to add to those of this process.
     """
     single = dataclasses.replace(s, compare=None, sweep=False, json=True)
     command = [sys.executable, __file__, *cli.flags(vars(single))]
@@ -336,7 +329,7 @@ def compare(s: Settings) -> dict[str, object]:
 
 
 def sweep(s: Settings) -> list[dict[str, object]]:
-    """Time combinations of micro-batch, compilation and attention; the fastest first."""
+    """Time combinations of micro-batch, compilation and attention. Returns the fastest first."""
     on_cuda = runtime.start(s.device, s.dtype).device.type == "cuda"
     sizes = (8, 16, 32, 64) if on_cuda else (1, 2, 4)
     attentions = ("default", "cudnn", "flash") if on_cuda else ("default",)
@@ -361,7 +354,7 @@ def sweep(s: Settings) -> list[dict[str, object]]:
 
 
 def show_plan(s: Settings) -> None:
-    """Print what the preset's run would take on the hardware of --plan."""
+    """Print the estimate for the preset's run on the GPUs of --plan."""
     config, T, name = model_config(s)
     p = PRESETS[s.preset]
     machines = (s.mfu, s.nodes, s.network, s.price)

@@ -1,4 +1,4 @@
-"""Convert a .pt checkpoint of build-nanogpt or nanoGPT to a folder that transformers and this project load.
+"""Convert a .pt checkpoint of build-nanogpt or nanoGPT to a model folder in the Hugging Face format.
 
 python convert.py --file model_19072.pt --out gpt2-124m
 python generate.py --model gpt2-124m
@@ -29,11 +29,11 @@ class Settings:
 
 
 class _SavedConfig:
-    """Stands in for another program's settings class: its values are read, its code is not."""
+    """Stand-in for the settings class of another program: keeps the values, runs no code."""
 
 
 def read_pt(file: Path) -> dict[str, object]:
-    """The contents of a .pt checkpoint: in "model" its tensors, in "config" its sizes. No code in it is run.
+    """Read a .pt checkpoint without running code: its tensors under "model", its sizes under "config".
 
     Raises UserError if it cannot be read, or needs more than tensors, plain values and a settings object.
     """
@@ -57,16 +57,16 @@ def read_pt(file: Path) -> dict[str, object]:
         raise
     except Exception as error:
         pretrained.refuse_lfs_pointer(file)
-        # Only the name from torch's long message: the rest says how to load the file unsafely.
+        # Take only the name out of torch's long message, which explains how to load the file unsafely.
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it would run code, {code[1]}" if code else "damaged, or not written by torch.save"
         raise UserError(f"--file {file}: refused: {reason}: save tensors and plain values") from error
     saved = saved if isinstance(saved, dict) else {}
-    # nanoGPT's config holds its script's defaults, which are not the sizes of a model it fine-tuned.
+    # nanoGPT's "config" holds the defaults of its script, not the sizes of a fine-tuned model.
     settings = saved.get("model_args") or saved.get("config")
     settings = vars(settings) if isinstance(settings, _SavedConfig) else settings
     if not isinstance(saved.get("model"), dict) or not isinstance(settings, dict):
-        # A state_dict alone is not enough: nothing in it tells the number of heads.
+        # A state_dict alone is not enough, because it does not contain the number of heads.
         raise UserError(
             f"--file {file}: not a checkpoint of the form {{'model': …, 'config': {{'n_layer': …, "
             "'n_head': …, 'n_embd': …, 'block_size': …}}: save it so, or if transformers saved it, name its "
@@ -81,9 +81,9 @@ def read_pt(file: Path) -> dict[str, object]:
 
 
 def convert(file: Path, out: Path) -> None:
-    """Write the folder `out` from a checkpoint `file`.
+    """Convert the checkpoint `file` to the folder `out`.
 
-    Raises UserError if it contains another model, or if `out` already contains files.
+    Raises UserError if the checkpoint holds another model, or if `out` already contains files.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: already exists: name a new folder")

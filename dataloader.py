@@ -1,9 +1,8 @@
 """The order of the data, and batches.
 
-The shards of a split form one endless stream of sequences that is a pure function of (data, seed, epoch).
-After s steps of N sequences, the next step takes sequences s·N to (s+1)·N − 1 of it, however many processes
-share them. So a run can continue on another number of GPUs from its step alone, and no rank can drift from
-the others.
+The shards of a split form one endless stream of sequences, a pure function of (data, seed, epoch). After s
+steps of N sequences, the next step takes sequences s·N to (s+1)·N − 1, whatever the number of processes. So a
+run resumes from its step alone, on any number of GPUs, and no rank can drift from the others.
 
     stream = TokenStream(shards.find_shards(folder)["train"], sequence_length=1024, seed=1337, shuffle=True)
     stream.read(np.arange(0, 512))      # the 512 sequences of the first step: uint16 (512, 1025)
@@ -25,11 +24,10 @@ from support.cli import UserError
 
 
 class TokenStream:
-    """The endless sequence of training examples: index -> tokens, in constant memory.
+    """Endless stream of sequences: index -> tokens, in constant memory.
 
-    With `shuffle`, each epoch visits the shards in a new order, and the sequences of each shard in a new
-    order; without, everything is read from start to end. Nothing is left out but the tail of each shard that
-    is too short for a sequence, which may be all of a small last shard.
+    With `shuffle`, each epoch visits the shards, and the sequences within each, in a new order. Without, it
+    reads everything from start to end. Only the tail of a shard that is too short for a sequence is skipped.
     """
 
     def __init__(
@@ -39,8 +37,8 @@ class TokenStream:
         self.sequence_length = sequence_length
         self.seed = seed
         self.shuffle = shuffle
-        # Each sequence needs one more token, the target of its last: of tokens a b c d e, T = 4, the inputs
-        # are a b c d and the targets b c d e; the next sequence begins with e.
+        # Inputs and targets are one token apart: of the tokens a b c d e with T = 4, a b c d are the inputs,
+        # b c d e the targets, and the next sequence begins with e.
         self.counts = np.array([(shard.n_tokens - 1) // sequence_length for shard in shards])
         if not self.counts.any():
             raise UserError(
@@ -53,18 +51,18 @@ class TokenStream:
         return int(self.counts.sum())
 
     def fingerprint(self) -> str:
-        """A short hash of the shards' names and sizes, on which the order depends besides seed and length."""
+        """Short hash of the shards' names and sizes. With seed and length, they determine the order."""
         text = "\n".join(f"{shard.path.name} {shard.n_tokens}" for shard in self.shards)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """The sequences at these indices (B,), counted across epochs: uint16 (B, sequence_length + 1)."""
+        """Read the sequences at indices (B,), counted across epochs: uint16 (B, sequence_length + 1)."""
         T = self.sequence_length
         shard_ids, rows = self._locate(indices)
         tokens = np.empty((len(indices), T + 1), dtype=np.uint16)
         for shard_id in np.unique(shard_ids):
             shard = self.shards[shard_id]
-            # Mapped again for each batch: a lasting map would add every page it touches to our memory use.
+            # Mapped anew for each batch, because a lasting map keeps every page it touches in our memory.
             mapped = shard.map()
             in_shard = np.flatnonzero(shard_ids == shard_id)
             for i in in_shard:
@@ -73,7 +71,7 @@ class TokenStream:
         return tokens
 
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of sequences -> (the shard of each, its row: the index of the sequence within that)."""
+        """Map indices of sequences to (shard of each, row: its index within that shard)."""
         epochs, offsets = np.divmod(indices, len(self))
         shard_ids, rows = np.empty_like(indices), np.empty_like(indices)
         for epoch in np.unique(epochs):
@@ -94,10 +92,10 @@ class TokenStream:
 
 
 def permute(indices: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n), chosen by `key`, takes these indices: int64 (k,).
+    """Apply the pseudo-random permutation of range(n) that `key` selects to these indices: int64 (k,).
 
-    A Feistel network with cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): any
-    element without a table in memory, and the same for every version of numpy.
+    A Feistel network with cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). It
+    needs no table in memory, and is the same for every version of numpy.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -108,7 +106,7 @@ def permute(indices: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
         for round_key in _round_keys(key):
             left, right = right, left ^ (_mix(right ^ round_key) & mask)
         x[todo] = left << half | right
-        # The network permutes a power of four; what falls outside range(n) walks on until it is inside.
+        # The network permutes a power of four. Results outside range(n) go through it again until inside.
         todo = todo[x[todo] >= n]
     return x.astype(np.int64)
 
@@ -119,7 +117,7 @@ def _round_keys(key: tuple[int, ...]) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014): every bit of x affects every bit of the result."""
+    """Finaliser of splitmix64 (Steele et al. 2014): every bit of x affects every bit of the result."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -137,14 +135,14 @@ def train_batches(
     world_size: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches after `steps_done` steps, without end: (x, y), int64 (B, T) on `device`.
+    """Yield this rank's micro-batches from `steps_done` steps on, without end: (x, y), int64 (B, T).
 
-    A step has sequences_per_step / (B · world_size) micro-batches; each takes B sequences for every rank.
-    The next one is read in the background, into pinned memory for a CUDA device.
+    A step has sequences_per_step / (B · world_size) micro-batches of B sequences on every rank. They are on
+    `device`. The next one is read in the background, into pinned memory for a CUDA device.
 
-    With each, torch's generators are seeded from the stream's seed and the index of its first sequence, for
-    the masks of dropout: with the same B they too depend on the step alone, whatever was drawn before it. In
-    a model that is not compiled they do not depend on the number of processes either.
+    Each micro-batch seeds torch's generators from the seed and the index of its first sequence. So for equal
+    B the dropout masks, too, depend only on the step and, unless the model is compiled, not on the number of
+    processes.
     """
     B = micro_batch_size
     stride = B * world_size
@@ -172,10 +170,10 @@ def val_batches(
     world_size: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the first `n_sequences`: (x, y), each int64 (B, T) on `device`.
+    """Yield this rank's share of the first `n_sequences`: (x, y), each int64 (B, T) on `device`.
 
-    Every batch has B rows, so that a compiled model sees a single shape; where sequences run out, the spare
-    rows have targets of -100 throughout.
+    Every batch has B rows, so that a compiled model sees a single shape. Spare rows of the last batch have
+    targets of -100.
     """
     mine = np.arange(rank, n_sequences, world_size)
     for begin in range(0, len(mine), micro_batch_size):
@@ -187,12 +185,12 @@ def val_batches(
 
 
 def _to_tensors(tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint16 (B, T + 1) -> inputs and targets, int64 (B, T), pinned if they go to a CUDA device."""
+    """Split uint16 (B, T + 1) into inputs and targets, int64 (B, T), pinned for a CUDA device."""
     sequences = torch.from_numpy(tokens.astype(np.int64))
     x, y = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
     return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    # Waits except on CUDA: MPS would read the memory after it has been freed (pytorch/pytorch#189690).
+    # Blocking except on CUDA, because MPS reads the memory after it was freed (pytorch/pytorch#189690).
     return tensor.to(device, non_blocking=device.type == "cuda")

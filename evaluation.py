@@ -1,6 +1,6 @@
 """Evaluations between training steps: validation loss, HellaSwag and samples.
 
-Each of them may fail, or be cut off by a signal, without harm to the run: see support/attempts.py.
+An evaluation that fails, or that a signal interrupts, does the run no harm: see support/attempts.py.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ def is_due(step: int, *intervals: int) -> bool:
 
 
 def evaluate(run: "Run", step: int, last: bool) -> int:
-    """Do the evaluations that are due after `step`; after the last step, all but the samples.
+    """Run the evaluations that are due after `step`; after the last step, all but the samples.
 
-    Skips whatever this step has already recorded. Returns the number of the signal that cut it off, or 0.
+    Skips whatever this step has already recorded. Returns the number of the signal that interrupted it, or 0.
     """
     s, attempt = run.settings, run.folder.attempt
     with run.folder.clock("evaluation"):
@@ -35,7 +35,7 @@ def evaluate(run: "Run", step: int, last: bool) -> int:
                 loss = float(run.rt.all_reduce(share))
                 run.log(step, f"validation loss {loss:.4f}", "val", loss=loss)
         if run.data.hellaswag and (last or is_due(step, s.hellaswag_interval)):
-            # The module itself: a compiled one would be compiled anew for each of the many batch shapes.
+            # Not compiled, because the batches have many shapes and each would be compiled anew.
             work = functools.partial(hellaswag.count_correct, run.trainer.model, run.data.hellaswag, run.rt)
             correct = attempt(step, "HellaSwag", work)
             if correct is not None:
@@ -50,7 +50,7 @@ def evaluate(run: "Run", step: int, last: bool) -> int:
 
 
 def validate(run: "Run") -> Tensor:
-    """This rank's share of the mean loss over the first --val-tokens of validation data: float64 ()."""
+    """Return this rank's share of the mean loss over the first --val-tokens tokens: float64 ()."""
     s, rt, stream, trainer = run.settings, run.rt, run.data.val, run.trainer
     n_sequences = max(1, min(s.val_tokens // s.sequence_length, len(stream)))
     batches = dataloader.val_batches(
@@ -60,13 +60,13 @@ def validate(run: "Run") -> Tensor:
 
 
 def draw_samples(run: "Run", step: int, name: str) -> list[str] | None:
-    """Sample text from the fixed prompts on rank 0; None on other ranks, and if sampling failed."""
+    """Sample text from the fixed prompts on rank 0. Returns None on other ranks, or if sampling failed."""
     work = functools.partial(sampling.draw_samples, run.trainer.model, run.settings.seed)
     return run.folder.attempt(step, name, work, on_this_rank=run.rt.is_main)
 
 
 def out_of_patience(run: "Run", step: int) -> bool:
-    """True if the last --patience validations brought no lower loss. Every rank has to call it."""
+    """True if the last --patience validations brought no lower loss. Every rank must call it."""
     s, rt = run.settings, run.rt
     if not s.patience or not is_due(step, s.val_interval):
         return False

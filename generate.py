@@ -4,8 +4,7 @@
     python generate.py                                             # on a terminal: a prompt loop
     python generate.py --model gpt2 --prompt - --json < prompt.txt
 
-In the loop, Ctrl-C stops the sample and Ctrl-D quits. A sample depends on the model, the prompt, the
-settings and the seed, not on how many other samples are drawn.
+In the prompt loop, Ctrl-C stops a sample and Ctrl-D quits. Samples do not change with --num-samples.
 """
 
 if __name__ == "__main__":
@@ -57,7 +56,7 @@ class Settings:
 
 
 def encode_prompt(text: str, block_size: int) -> list[int]:
-    """The ids of a prompt, at most its last block_size; an empty prompt is the start of a document."""
+    """Tokenize a prompt and keep its last block_size ids. An empty prompt starts a document."""
     ids = tokenizer.encode(text).tolist() or [tokenizer.END_OF_TEXT_ID]
     if len(ids) > block_size:
         print(
@@ -68,14 +67,14 @@ def encode_prompt(text: str, block_size: int) -> list[int]:
 
 
 def samples(model: GPT, ids: list[int], s: Settings, first: int, n: int) -> Iterator[list[int | None]]:
-    """Samples number `first` to `first + n`, token by token: yields n ids, None once a sample has ended."""
+    """Generate samples `first` to `first + n` - 1 token by token: yield n ids, None for ended samples."""
     generators = [torch.Generator().manual_seed((s.seed + i) % 2**63) for i in range(first, first + n)]
     choice = (s.temperature, s.top_k or None, s.top_p, generators, tokenizer.END_OF_TEXT_ID)
     return model.stream([ids] * n, s.max_new_tokens, *choice)
 
 
 def decode(tokens: Iterator[int | None]) -> Iterator[str]:
-    """Text as its tokens arrive, up to the end of text; a character waits until all its bytes are there."""
+    """Turn tokens into text as they arrive, up to the end of text. Incomplete characters are held back."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         if token in (None, tokenizer.END_OF_TEXT_ID):
@@ -85,7 +84,7 @@ def decode(tokens: Iterator[int | None]) -> Iterator[str]:
 
 
 def as_json(model: GPT, prompt: str, s: Settings) -> str:
-    """All samples of a prompt, drawn together, as one line of JSON."""
+    """Draw all samples of a prompt in one batch, and format them as one line of JSON."""
     ids = encode_prompt(prompt, model.config.block_size)
     steps = list(samples(model, ids, s, 0, s.num_samples))
     drawn = []
@@ -145,11 +144,11 @@ def main() -> int:
 
 
 def read_prompt(s: Settings) -> str:
-    """The text of --prompt. Raises UserError if standard input is not UTF-8."""
+    """Return the prompt, from standard input for "-". Raises UserError if that is not UTF-8."""
     if s.prompt != "-":
         return s.prompt or ""
     try:
-        # In UTF-8 whatever the system's own encoding is, and without a byte order mark.
+        # UTF-8 whatever the encoding of the system; utf-8-sig drops a byte order mark.
         return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig").read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt -: standard input is not UTF-8 ({error})") from error

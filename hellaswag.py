@@ -1,13 +1,13 @@
-"""HellaSwag: which of four endings does the model find likeliest? For the training loop and as a script.
+"""HellaSwag: pick the likeliest of four endings. Used by the training loop, and as a script.
 
     python hellaswag.py --model log                        # the newest checkpoint of a run
     python hellaswag.py --model gpt2 --style harness       # scored as lm-evaluation-harness does
 
-What is unusual here:
-- An example is one row: its context once, then its four endings. A mask shows each ending only the context
-  and itself, and each ending's positions follow the context's.
+Unusual:
+- One row holds a whole example: the context once, then the four endings. A mask lets each ending attend only
+  to the context and to itself, and the positions of each ending continue those of the context.
 - Logits are computed only where they predict a token of an ending.
-- Batches contain examples of similar length and are the same for any number of processes, which share them.
+- Batches hold examples of similar length. They do not depend on the number of processes that share them.
 
 Paper: Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"; data: rowanz/hellaswag.
 """
@@ -40,45 +40,45 @@ Style = Literal["completion", "harness"]
 
 N_EXAMPLES = 10_042  # of the published validation set
 
-# OpenAI's GPT-2 124M on all examples: acc, acc_norm.
+# acc and acc_norm of OpenAI's GPT-2 124M on all examples.
 PUBLISHED = {"completion": (0.2859, 0.2955), "harness": (0.2892, 0.3114)}
 
-# Tokens per batch: enough to keep the device busy. Rows of logits at a time: they are 50257 wide.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
-HEAD_ROWS = 1024
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}  # enough to keep the device busy
+HEAD_ROWS = 1024  # logits at a time; each row is 50257 wide
 
 
 @dataclass(frozen=True)
 class Example:
     context: list[int]
     endings: list[list[int]]
-    lengths: list[int]  # what an ending's loss is divided by for acc_norm: its tokens, or its characters
+    lengths: list[int]  # of the endings, in tokens or characters; acc_norm divides losses by them
     label: int
 
     @property
     def row_length(self) -> int:
-        """Tokens of the row that holds it all; the last token of an ending is predicted, never read."""
+        """Tokens of the row that holds the example. The last token of an ending is only predicted."""
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
 @dataclass(frozen=True)
 class Score:
-    acc: float  # share of examples whose right ending has the smallest summed loss
-    acc_norm: float  # the same by loss over length
+    acc: float  # fraction of examples whose right ending has the lowest summed loss
+    acc_norm: float  # the same, with losses divided by length
     n: int
 
-    def standard_error(self, share: float) -> float:
-        """The standard error of a share of n examples: sample standard deviation over the root of n."""
-        return math.sqrt(share * (1 - share) / (self.n - 1)) if self.n > 1 else math.nan
+    def standard_error(self, fraction: float) -> float:
+        """Standard error of a fraction of n examples: sample standard deviation / sqrt(n)."""
+        return math.sqrt(fraction * (1 - fraction) / (self.n - 1)) if self.n > 1 else math.nan
 
 
 # ---------------------------------------------------------------- data
 
 
 def prepare(data: str, rt: Runtime, required: bool) -> tuple[list[Example], str]:
-    """The examples for a training run, of a local file or the published one; or none, and why there are none.
+    """Load the examples for a training run. Returns them and "", or no examples and the reason.
 
-    required: raise UserError, on every process, if there is something wrong with a local file.
+    data: a local file; "" for the published examples.
+    required: raise UserError, on every process, if a local file cannot be used.
     """
     try:
         if not data:
@@ -92,9 +92,9 @@ def prepare(data: str, rt: Runtime, required: bool) -> tuple[list[Example], str]
 
 
 def load(data: Path | None = None, style: Style = "completion", limit: int = 0) -> list[Example]:
-    """Tokenised examples of a HellaSwag file (None: the published one, fetched if necessary), in its order.
+    """Load and tokenize a HellaSwag file. None: the published one, fetched if necessary.
 
-    limit: only the first N; 0: all. Raises UserError on a file that contains something else.
+    limit: only the first N examples; 0: all. Raises UserError if the file holds something else.
     """
     path = data or hellaswag_data.fetch()
     try:
@@ -117,12 +117,12 @@ def load(data: Path | None = None, style: Style = "completion", limit: int = 0) 
 
 
 def encode(record: dict[str, object], style: Style) -> Example:
-    """One line of the file as tokens.
+    """Tokenize one record of the file.
 
-    completion: the tokens of the context, then those of " " + ending, as they are.
-    harness: as the task `hellaswag` of EleutherAI's lm-evaluation-harness: the activity before the context,
-    ctx_b with a capital, WikiHow's bracketed marks removed, lengths in characters.
-    Raises ValueError, KeyError or TypeError on what is no example.
+    completion: the context as it is, then " " + ending.
+    harness: like the task `hellaswag` of EleutherAI's lm-evaluation-harness. The activity precedes the
+    context, ctx_b starts with a capital, WikiHow's bracketed marks are removed, lengths are in characters.
+    Raises ValueError, KeyError or TypeError if the record is not an example.
     """
     enc = tokenizer.get_encoding()
     label, endings = int(record["label"]), record["endings"]
@@ -135,7 +135,7 @@ def encode(record: dict[str, object], style: Style) -> Example:
     else:
         text = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
         text, endings = _clean(text), [_clean(ending) for ending in endings]
-        # White space at the end of the context goes to the endings, so that no token spans both.
+        # Trailing white space moves from the context to the endings, so that no token spans both.
         stem = text.rstrip()
         context = enc.encode_ordinary(stem)
         wholes = [enc.encode_ordinary(f"{text} {ending}") for ending in endings]
@@ -155,7 +155,7 @@ def _clean(text: str) -> str:
 
 
 class SharedContext:
-    """Attention over rows of a context and its endings (see `model.Attention`)."""
+    """Attention over rows that hold a context and its endings (see `model.Attention`)."""
 
     def __init__(self, positions: Tensor, segments: Tensor) -> None:
         """positions (B, T); segments (B, T): 0 for the context, 1 to 4 for the endings, 5 for padding."""
@@ -166,18 +166,18 @@ class SharedContext:
         self.mask = (earlier & (same | (segments == 0)[:, None, :]))[:, None]
 
     def start(self, T: int, device: torch.device) -> Tensor:
-        """The tokens' positions, (B, T)."""
+        """Return the positions of the tokens, (B, T)."""
         return self.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Masked attention among these tokens."""
+        """Attend under the mask."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
 
 @torch.no_grad()
 def ending_losses(model: GPT, batch: list[Example]) -> Tensor:
-    """Summed loss in nats of each ending after its context: float32 (len(batch), 4), on the CPU."""
-    # Multiples of 8 keep the GPU's masked attention on its fast path.
+    """Return the summed loss in nats of each ending: float32 (len(batch), 4), on the CPU."""
+    # GPUs need a multiple of 8 for fast masked attention.
     T = -(-max(example.row_length for example in batch) // 8) * 8
     idx, positions, segments = (torch.full((len(batch), T), value) for value in (0, 0, 5))
     sources, targets, owners = [], [], []  # of each predicted token: state, id, ending
@@ -208,7 +208,7 @@ def ending_losses(model: GPT, batch: list[Example]) -> Tensor:
 def truncate_contexts(examples: list[Example], block_size: int) -> list[Example]:
     """Cut contexts on the left where context and longest ending exceed block_size positions.
 
-    Raises UserError if an ending alone does.
+    Raises UserError if an ending alone exceeds them.
     """
     fitting = []
     for example in examples:
@@ -220,7 +220,7 @@ def truncate_contexts(examples: list[Example], block_size: int) -> list[Example]
 
 
 def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
-    """The examples by length, longest first, in batches of at most `tokens` tokens including padding."""
+    """Sort examples by length, longest first, into batches of at most `tokens` tokens with padding."""
     found: list[list[Example]] = []
     for example in sorted(examples, key=lambda e: e.row_length, reverse=True):
         if not found or (len(found[-1]) + 1) * found[-1][0].row_length > tokens:
@@ -230,16 +230,16 @@ def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
 
 
 def evaluate(model: GPT, examples: list[Example], rt: Runtime, progress: bool = False) -> Score:
-    """Accuracy over the examples, shared among the processes: the same for any number of them.
+    """Score the examples, which the processes share. The score does not depend on their number.
 
-    model: the module itself, not compiled: its batches have many shapes, and compiling pays for none of them.
+    model: not compiled, because the batches have many shapes.
     """
     fitting = truncate_contexts(examples, model.config.block_size)
     return total_score(count_correct(model, fitting, rt, progress), len(examples), rt)
 
 
 def count_correct(model: GPT, examples: list[Example], rt: Runtime, progress: bool = False) -> Tensor:
-    """Of this process's share of the examples, how many are right for acc and acc_norm: int64 (2,), CPU.
+    """Count right answers, for acc and acc_norm, in this process's share of the examples: int64 (2,), CPU.
 
     The examples must fit into the model: see `truncate_contexts`.
     """
@@ -259,7 +259,7 @@ def count_correct(model: GPT, examples: list[Example], rt: Runtime, progress: bo
 
 
 def total_score(correct: Tensor, n: int, rt: Runtime) -> Score:
-    """The score from what `count_correct` returned on each process, of n examples in all."""
+    """Combine the results of `count_correct` on all processes, over n examples in total."""
     acc, acc_norm = (rt.all_reduce(correct.to(rt.device)).cpu().double() / n).tolist()
     return Score(acc, acc_norm, n)
 
@@ -292,8 +292,8 @@ def main() -> None:
 
 
 def score_and_print(s: Settings, rt: Runtime) -> None:
-    """Evaluate the model of the settings, and print its scores beside the published ones."""
-    folder = run_files.find_model(s.model)  # before a download: it says if there is no run
+    """Evaluate the model, and print its scores beside the published ones."""
+    folder = run_files.find_model(s.model)  # first, because it may raise, and the download takes long
     if s.data is None:
         rt.run_on(rt.local_rank == 0, hellaswag_data.fetch, fetches=True)
     examples = load(s.data, s.style, s.limit)

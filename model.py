@@ -5,12 +5,12 @@
     _, loss = model(idx, targets)
     model = GPT.from_pretrained("gpt2")          # or any folder in the Hugging Face format
 
-What is unusual here:
-- The embedding has 50304 rows for 50257 ids: GPUs multiply a multiple of 128 faster. The padding is never
-  seen from outside: it gets no probability mass, no gradient, no sampled id, no row in a saved file.
+Unusual:
+- The embedding has 50304 rows for 50257 ids, because GPUs are faster on multiples of 128. The padding is
+  invisible from outside: no probability mass, no gradient, no sampled id, no row in a saved file.
 - Parameters have the names of Hugging Face's `GPT2LMHeadModel`, with `nn.Linear`'s (out, in) layout.
 - The loss can be computed in chunks, without the logits of a whole batch: support/loss.py.
-- `model.recompute = True` keeps only the input of each block for backward, which computes the block again.
+- `model.recompute = True` is activation checkpointing: backward recomputes each block from its input.
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; code: openai/gpt-2.
 """
@@ -49,9 +49,9 @@ class GPTConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Trainable parameters: embeddings, 12·d² + 13·d per block, the last LayerNorm.
+        """Number of parameters: embeddings, 12·d² + 13·d per block, the last LayerNorm.
 
-        The head shares the embedding's weights; padding does not count.
+        The head shares the weights of the embedding. Padding does not count.
         """
         d = self.n_embd
         return (self.vocab_size + self.block_size) * d + self.n_layer * (12 * d * d + 13 * d) + 2 * d
@@ -59,27 +59,27 @@ class GPTConfig:
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations of forward and backward for one token: 6N + 12·L·d·T.
 
-        N leaves out the position embedding, which is only looked up; the second term is attention's two
-        T×T products, not halved for causality (PaLM, Chowdhery et al. 2022, appendix B).
+        N excludes the position embedding, which is only looked up. The second term counts the two T×T
+        products of attention, not halved for causality (PaLM, Chowdhery et al. 2022, appendix B).
         """
         N = self.n_parameters - self.block_size * self.n_embd
         return 6 * N + 12 * self.n_layer * self.n_embd * sequence_length
 
 
 class Attention(Protocol):
-    """What may replace plain causal attention in a forward pass: a KV cache, HellaSwag's shared context."""
+    """Replacement for plain causal attention in a forward pass: a KV cache, a context shared by endings."""
 
     def start(self, T: int, device: torch.device) -> Tensor:
-        """Called once per forward pass over T tokens per row; returns their positions, (B or 1, T)."""
+        """Begin a forward pass over T tokens per row. Returns their positions, (B or 1, T)."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Called per layer; q, k, v and the result are (B, n_head, T, head size)."""
+        """Attend in one layer: q, k, v and the result are (B, n_head, T, head size)."""
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) in training mode, and there only where a gradient is computed.
+    """Dropout (Srivastava et al. 2014), active in training mode and only where gradients are enabled.
 
-    So validation, HellaSwag and sampling between two steps need not switch it off, nor on again.
+    Evaluations between steps run under no_grad, so they need not switch modes.
     """
 
     def __init__(self, rate: float) -> None:
@@ -91,7 +91,7 @@ class Dropout(nn.Module):
         return self.rate if self.training and torch.is_grad_enabled() else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape -> each number 0 with probability `rate`, else divided by 1 - rate."""
+        """Set each element of x (any shape) to 0 with probability `rate`, and divide the rest by 1 - rate."""
         return F.dropout(x, self.rate_now) if self.rate_now else x
 
 
@@ -105,7 +105,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, T: int, attention: Attention | None = None) -> Tensor:
-        """x (N, C), sequences of T tokens one after another, B·T = N -> (N, C)."""
+        """Attend within each of B sequences: x (N, C) with N = B·T -> (N, C)."""
         N, C = x.shape
         # Each (N, C) -> (B, T, n_head, head size) -> (B, n_head, T, head size).
         q, k, v = (
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
-        """Weights are drawn on the CPU from torch's global generator: seed it for a repeatable start.
+        """Draw the weights on the CPU from torch's global generator; seed it for a repeatable start.
 
         Raises UserError if the heads do not divide the width.
         """
@@ -158,8 +158,8 @@ class GPT(nn.Module):
                 f"--n-head {config.n_head} does not divide --n-embd {config.n_embd}: change one of them"
             )
         self.config = config
-        # Built without memory first, so that the layers do not draw default weights. nn.Embedding's own draw
-        # would also import torch.compile, which takes a second.
+        # Built on the meta device, so that the layers do not draw default weights. nn.Embedding would draw
+        # even there, which imports torch.compile and takes a second.
         embedding = lambda *shape: nn.Embedding.from_pretrained(torch.empty(shape), freeze=False)  # noqa: E731
         with torch.device("meta"):
             self.transformer = nn.ModuleDict(
@@ -183,9 +183,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """normal(0, 0.02); residual projections 0.02/sqrt(2·n_layer); biases 0; LayerNorm weights 1.
+        """Draw weights from normal(0, 0.02), residual projections from normal(0, 0.02/sqrt(2·n_layer)).
 
-        Positions: normal(0, 0.01), as in openai/gpt-2.
+        Biases are 0, LayerNorm weights 1. Positions are normal(0, 0.01), as in openai/gpt-2.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("wpe.weight"):
@@ -205,9 +205,9 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def hidden(self, idx: Tensor, attention: Attention | None = None) -> Tensor:
-        """Token ids (B, T) int64 -> the last layer's normalised states (B, T, n_embd).
+        """Compute the hidden states after the last LayerNorm: token ids (B, T) int64 -> (B, T, n_embd).
 
-        attention: replaces plain causal attention, and gives the tokens their positions.
+        attention: replaces plain causal attention and provides the positions of the tokens.
         """
         T = idx.shape[1]
         if attention is None and T > self.config.block_size:
@@ -215,38 +215,35 @@ class GPT(nn.Module):
         positions = (
             torch.arange(T, device=idx.device) if attention is None else attention.start(T, idx.device)
         )
-        # (B·T, C) from here on, as matrix products take it. torch.compile fuses only what has one shape: this
-        # way backward writes the residual stream's gradient and its 16-bit copy in one kernel.
+        # (B·T, C) from here on, the shape of the matrix products. torch.compile only fuses operations of one
+        # shape; this way backward writes the residual gradient and its 16-bit copy in one kernel.
         x = (self.transformer.wte(idx) + self.transformer.wpe(positions)).flatten(0, 1)
         x = self.transformer.drop(x)
         recompute = self.recompute and torch.is_grad_enabled()
-        # A block that is computed again needs the same dropout masks.
+        # A recomputed block needs the same dropout masks.
         options = {"use_reentrant": False, "preserve_rng_state": self.transformer.drop.rate_now > 0}
         for block in self.transformer.h:
             x = checkpoint(block, x, T, attention, **options) if recompute else block(x, T, attention)
         return self.transformer.ln_f(x).view(*idx.shape, -1)
 
     def head(self, states: Tensor) -> Tensor:
-        """States (..., n_embd) of `hidden` -> next-token logits (..., vocab_size), without the padding.
-
-        All sampling reads its logits from here.
-        """
+        """Map hidden states (..., n_embd) to next-token logits (..., vocab_size), without the padding."""
         return self.lm_head(states)[..., : self.config.vocab_size]
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, loss_chunks: int = 1
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Next-token logits, or with targets the loss in their place.
+        """Return (logits, None), or with targets (None, loss).
 
-        idx, targets: int64 (B, T), T at most block_size; a target of -100 is ignored.
-        Returns logits (B, T, vocab_size) or None, and the mean cross-entropy in nats, a scalar in fp32, or
-        None. loss_chunks: the loss may be computed in that many chunks of the batch, to save memory.
+        idx, targets: int64 (B, T), T at most block_size; targets of -100 are ignored.
+        logits: (B, T, vocab_size). loss: mean cross-entropy in nats, a scalar in fp32.
+        loss_chunks: compute the loss in this many chunks of the batch, to save memory.
         """
         states = self.hidden(idx)
         if targets is None:
             return self.head(states), None
-        # F.cross_entropy(self.head(states), targets) in pieces: of the vocabulary on CPUs, else of the batch.
-        # The compiler would unroll those of the vocabulary, and fuses the passes over a row by itself.
+        # F.cross_entropy(self.head(states), targets), in pieces of the vocabulary on CPUs and of the batch on
+        # GPUs. The compiler would unroll the former, and fuses the passes over a row by itself.
         in_blocks = states.device.type == "cpu" and not torch.compiler.is_compiling()
         cross_entropy = BlockCrossEntropy if in_blocks else RowCrossEntropy
         loss = cross_entropy.apply(
@@ -267,10 +264,10 @@ class GPT(nn.Module):
         """Continue prompts by sampling.
 
         idx: int64 (B, T), or a list of B prompts of any lengths from 1 up.
-        temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens, then top_p the fewest
-        whose probabilities reach p (Holtzman et al. 2020). A row that draws eos_token_id is finished.
-        Returns int64 (B, T + n) with n at most max_new_tokens, finished rows filled up with eos_token_id;
-        or, for a list, the B continued prompts as lists, each ending at its eos_token_id.
+        temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens, then top_p the smallest
+        set of them whose probabilities add up to p (Holtzman et al. 2020). A row ends when it draws
+        eos_token_id. Returns int64 (B, T + n) with n at most max_new_tokens, where rows that ended early are
+        filled up with eos_token_id; for a list, returns B lists, each ending with its eos_token_id.
         """
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         return sampling.generate(self, idx, eos_token_id, max_new_tokens=max_new_tokens, **options)
@@ -285,11 +282,11 @@ class GPT(nn.Module):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         eos_token_id: int | None = None,
     ) -> Iterator[list[int | None]]:
-        """Like `generate`, token by token: yields the new id of each of the B rows, None once finished.
+        """Generate token by token: yield the new id of each of the B rows, None for rows that have ended.
 
-        Each row has a random generator of its own, seeded from `generator` (a CPU generator; None: torch's)
-        or given as one of a list, so its draws do not depend on what else is in the batch. A row that has
-        filled the context continues from the last half of its tokens.
+        Each row draws from its own generator: one of a list, or seeded from `generator` (on the CPU; None:
+        torch's global one). So its tokens do not depend on the rest of the batch. A row that fills the
+        context continues from the last half of its tokens.
         """
         options = (temperature, top_k, top_p, generator, eos_token_id)
         return sampling.stream(self, prompts, max_new_tokens, *options)
@@ -298,9 +295,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder: str | Path, dropout: float | None = None) -> "GPT":
         """Load a model from a folder in the Hugging Face format, or from the Hub by its name.
 
-        dropout: its rate in training; None: the one that config.json has, 0 if that has several.
-        Returns it in fp32 on the CPU, in evaluation mode as transformers does: `train()` switches dropout on.
-        Raises UserError on anything missing, damaged or not a GPT-2.
+        dropout: the rate in training. None: the rate in config.json, or 0 if that has several.
+        The model is in fp32, on the CPU and in evaluation mode, as in transformers.
+        Raises UserError on files that are missing, damaged or not a GPT-2.
         """
         own = {} if dropout is None else {"dropout": dropout}
         return pretrained.load(name_or_folder, lambda **config: cls(GPTConfig(**config | own))).eval()

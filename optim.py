@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from settings import OptimizerName, Schedule, Settings
 from support.pretrained import is_block_matrix
 
-# torch 2.13 renamed the second to the first.
+# torch 2.13 renamed all_gather_into_tensor.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # ---------------------------------------------------------------- optimizers
@@ -24,12 +24,12 @@ def build_optimizers(
     weight_decay: float,
     adam_beta2: float = 0.95,
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers that share the model's parameters; each group has its peak learning rate as "peak_lr".
+    """Build the optimizers. Each parameter group holds its peak learning rate as "peak_lr".
 
-    Embeddings and the blocks' matrices decay; biases and LayerNorm's gains do not (as in GPT-3).
-    adamw: AdamW for all. muon: Muon for the blocks' matrices, AdamW for the rest.
-    Embeddings, including the tied head, use `embedding_lr_ratio` times the learning rate.
-    AdamW's betas are 0.9 and `adam_beta2`, 0.95 in GPT-3 (Brown et al. 2020).
+    adamw: AdamW for all parameters. muon: Muon for the matrices of the blocks, AdamW for the rest.
+    Weight decay applies to embeddings and matrices, not to biases and LayerNorms. The embeddings, including
+    the tied head, use `embedding_lr_ratio` times the learning rate. AdamW's betas are 0.9 and `adam_beta2`
+    (0.95 in GPT-3, Brown et al. 2020).
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [(n, p) for n, p in named if is_block_matrix(n, p)]
@@ -41,7 +41,7 @@ def build_optimizers(
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if name == "muon":
-        # Q, K and V are three maps that happen to be stored as one matrix.
+        # Q, K and V are three matrices stored as one.
         parts = [3 if n.endswith("c_attn.weight") else 1 for n, _ in matrices]
         optimizers.append(Muon([p for _, p in matrices], parts, learning_rate, weight_decay))
     else:
@@ -53,16 +53,15 @@ def build_optimizers(
 
 
 def step(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, finite: Tensor) -> None:
-    """One step of all optimizers from the gradients, which are cleared; no step where `finite` is 0.
+    """Update the parameters and clear the gradients. Without an update if `finite` is 0.
 
-    finite: a scalar on the device, 1.0 or 0.0. Checked on the device: skipping a bad step costs no
-    synchronisation. In fp16 the gradients must have been through `scaler.unscale_`, whose findings in
-    any optimizer's gradients set the scale of the next step.
+    finite: a scalar on the device, 1.0 or 0.0, so that skipping a bad step needs no synchronisation.
+    In fp16 `scaler.unscale_` must have seen the gradients of every optimizer; it sets the next loss scale.
     """
-    # Not scaler.step: it looks at one optimizer at a time, although clipping has spread a NaN to all, and
-    # it waits for the device unless the optimizer is one of torch's fused ones.
+    # Not scaler.step(), which looks at one optimizer at a time, although clipping spreads a NaN to all of
+    # them, and which waits for the device unless the optimizer is one of torch's fused ones.
     found_inf = 1 - finite
-    # On MPS torch's AdamW may ignore found_inf (pytorch/pytorch#186360), and each step is waited for anyway.
+    # On MPS torch's AdamW may ignore found_inf (pytorch/pytorch#186360). Steps are synchronous there anyway.
     skip = finite.device.type == "mps" and finite.item() == 0
     for optimizer in optimizers:
         optimizer.found_inf = found_inf
@@ -73,21 +72,22 @@ def step(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, 
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of a matrix is orthogonalised, so that every direction moves by the same amount.
+    """SGD with Nesterov momentum whose updates are orthogonalised, so that all directions move equally far.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", with the scale of
-    Liu et al. 2025, "Muon is Scalable for LLM Training" (0.2·sqrt(larger side), AdamW's usual step size), so
-    that learning rate and weight decay are those of AdamW. For each matrix W, and for Q, K and V apart, with
-    its gradient G, momentum M, and O(X) the orthogonal matrix nearest to X:
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The scale of the update,
+    0.2·sqrt(larger side), is that of Liu et al. 2025, "Muon is Scalable for LLM Training": it matches the
+    usual step size of AdamW, so learning rate and weight decay carry over. For each matrix W, with gradient
+    G, momentum M, and O(X) the orthogonal matrix nearest to X:
 
         M = mu·M + (1 - mu)·G
         W = W - lr·weight_decay·W - lr·0.2·sqrt(larger side)·O(mu·M + (1 - mu)·G)
 
-    which is the step of `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw".
+    This is the step of `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw". Q, K and V are updated as
+    separate matrices.
 
-    Matrices of one shape are worked on as one batch. Each process of a group keeps the momentum of an equal
-    share of every batch, orthogonalises that share, and receives the other updates in the precision in which
-    they were computed; the result does not depend on the number of processes.
+    Matrices of equal shape form one batch. Each process holds the momentum of an equal share of every batch,
+    orthogonalises that share, and gathers the other updates in the precision in which they were computed.
+    The result does not depend on the number of processes.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
     ) -> None:
-        """params: two-dimensional. parts: into how many matrices each one's rows are split, 3 for Q, K, V."""
+        """params: two-dimensional. parts: the number of matrices in the rows of each; 3 for Q, K, V."""
         defaults = {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(params, {**defaults, "peak_lr": learning_rate})
         self.parts = parts
         alone = not dist.is_initialized()
         self.rank, self.world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-        # By the matrices' shape: this process's share of their momentum, (share, rows, columns).
+        # Shape of the matrices -> this process's share of their momentum, (share, rows, columns).
         self.momentum = {
             shape: torch.zeros_like(self._share(matrices))
             for shape, matrices in self._by_shape(params).items()
@@ -112,9 +112,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One update from the gradients, which every parameter must have, the same on every process.
+        """Do one update. Every parameter must have a gradient, the same on every process.
 
-        If an attribute `found_inf` is set and not 0, nothing changes, as with torch's fused optimizers.
+        Nothing changes if the attribute `found_inf` is set and not 0, as in torch's fused optimizers.
         """
         [group] = self.param_groups
         lr, mu, parameters = group["lr"], group["momentum"], group["params"]
@@ -131,7 +131,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_sub_(weights, list(updates))
 
     def _by_shape(self, tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[Tensor]]:
-        """Views of the matrices in a tensor per parameter, by shape: Q, K, V apart, tall ones transposed."""
+        """Group views of the matrices by shape: Q, K and V separate, tall matrices transposed."""
         found: dict[tuple[int, int], list[Tensor]] = {}
         for tensor, parts in zip(tensors, self.parts, strict=True):
             for matrix in tensor.chunk(parts):
@@ -140,9 +140,9 @@ class Muon(torch.optim.Optimizer):
         return found
 
     def _share(self, matrices: list[Tensor]) -> Tensor:
-        """A copy of this process's share of matrices of one shape; zeros fill it up where there are too few.
+        """Copy this process's share of matrices of one shape: (share, rows, columns).
 
-        (share, rows, columns), of the same size on every process, as the all-gather needs it.
+        Zeros pad the last shares, because the all-gather needs equal sizes.
         """
         share = -(-len(matrices) // self.world_size)
         own = matrices[self.rank * share : (self.rank + 1) * share]
@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
         return torch.stack(own + filling)
 
     def _all_gather(self, share: Tensor, n: int) -> Tensor:
-        """All `n` matrices of a batch, (n, rows, columns), from the share that each process has of them."""
+        """Gather all `n` matrices of a batch from the shares of the processes: (n, rows, columns)."""
         if self.world_size == 1:
             return share
         gathered = share.new_empty(self.world_size * len(share), *share.shape[1:])
@@ -159,9 +159,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, object]:
-        """The usual state, with the whole "momentum_buffer" of every parameter.
+        """Return the usual state, with the full "momentum_buffer" of every parameter.
 
-        Every process has to call it, as it gathers their shares.
+        It gathers the shares, so every process must call it.
         """
         state = super().state_dict()
         whole = [torch.empty_like(parameter) for parameter in self.param_groups[0]["params"]]
@@ -171,7 +171,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take over what `state_dict` returned on any number of processes, and keep this process's share."""
+        """Load a `state_dict`, saved by any number of processes, and keep this process's share."""
         super().load_state_dict({**state_dict, "state": {}})
         keys = state_dict["param_groups"][0]["params"]
         whole = [state_dict["state"][key]["momentum_buffer"] for key in keys]
@@ -180,11 +180,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Approximately U·V' of each of `matrices` (n, rows, columns), its singular value decomposition U·S·V'.
+    """Map each matrix U·S·V' (its singular value decomposition) to about U·V': (n, rows, columns).
 
-    Newton–Schulz: five steps of the quintic of Jordan et al. 2024 bring every singular value to between
-    about 0.7 and 1.2; in bf16 on GPUs that have it, in fp32 elsewhere, which is the dtype of the result. Tall
-    matrices are better given transposed: the products are rows x rows.
+    Five Newton–Schulz steps with the quintic of Jordan et al. 2024 bring every singular value to between
+    about 0.7 and 1.2. Computes in, and returns, bf16 on GPUs that have it, fp32 elsewhere. Pass tall matrices
+    transposed, because the products are rows x rows.
     """
     in_bf16 = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     x = matrices.bfloat16() if in_bf16 else matrices.float()
@@ -200,7 +200,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, s: Settings) -> float:
-    """Set every group's learning rate for optimizer step `step` (1 for the first); returns the base rate."""
+    """Set the learning rate of every group for step `step`, from 1. Returns the base learning rate."""
     factor = learning_rate_factor(
         step - 1, s.max_steps, s.warmup_steps, s.min_lr_ratio, s.schedule, s.cooldown_fraction
     )
@@ -218,12 +218,12 @@ def learning_rate_factor(
     schedule: Schedule,
     cooldown_fraction: float,
 ) -> float:
-    """The fraction of the peak learning rate for the step after `steps_done`, of `max_steps`.
+    """Return the learning rate of the step after `steps_done`, of `max_steps`, as a fraction of the peak.
 
-    Linear warm-up to 1 over `warmup_steps`, then down to `min_lr_ratio` at the end of training:
+    Linear warm-up over `warmup_steps`, then a decay to `min_lr_ratio` at the end of training:
       cosine    half a cosine (Loshchilov & Hutter 2017)
       linear    a straight line
-      wsd       1, then a straight line over the last `cooldown_fraction` of all steps (Hu et al. 2024)
+      wsd       constant, then a straight line over the last `cooldown_fraction` of all steps (Hu et al. 2024)
     """
     if steps_done < warmup_steps:
         return (steps_done + 1) / warmup_steps

@@ -1,4 +1,4 @@
-"""The settings of a training run: what they mean, the presets, and checks before anything is touched."""
+"""Settings of a training run, presets, and checks before anything is touched."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ class DataSettings:
     data_dir: Path = Path("data/fineweb-edu-10b")
     """Folder of token shards, NAME_{train,val}_NNNNNN.npy."""
     dataset_repo: str = "ShallowU/FineWeb-Edu-10B-Tokens-NPY"
-    """Source of missing shards: a data set on the Hub, builtin (Python's documentation), none (no source)."""
+    """Source of missing shards: a data set on the Hub, builtin (Python's documentation) or none."""
     num_shards: int = 0
     """Use only the first N shards, including the validation shard. 0: all."""
     shuffle: bool = True
@@ -28,7 +28,7 @@ class DataSettings:
 @dataclass
 class RunSettings:
     preset: str = "gpt2-124m"
-    """gpt2-124m, gpt2-124m-tuned, gpt2-124m-muon, gpt2-medium, gpt2-large, gpt2-xl, finetune, rehearsal, demo, or a run to repeat: its folder or its config.json."""  # noqa: E501
+    """gpt2-124m, gpt2-124m-tuned, gpt2-124m-muon, gpt2-medium, gpt2-large, gpt2-xl, finetune, rehearsal, demo; or a run to repeat (its folder or config.json)."""  # noqa: E501
     out_dir: Path = Path("log")
     """Run folder: settings, metrics, checkpoints, samples and figures."""
     max_steps: int = 19_073
@@ -40,11 +40,11 @@ class RunSettings:
     push_to_hub: str = ""
     """Send each checkpoint to this model repository, USER/NAME; --resume brings a lost run back from it."""
     push_public: bool = False
-    """Create the repository of --push-to-hub for everyone to see. Default: private."""
+    """Create the repository of --push-to-hub as public. Default: private."""
     init_from: str = "scratch"
     """Initial weights: scratch, a Hub name (gpt2), or a folder: a run, a checkpoint, a Hugging Face GPT-2."""
     seed: Seed = 1337
-    """Seed of the initial weights, the order of the data and the samples."""
+    """Seed of initial weights, data order and samples."""
 
 
 @dataclass
@@ -52,17 +52,17 @@ class BatchSettings:
     total_batch_size: AtLeast1 = 524_288
     """Tokens per optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int = 0
-    """Micro-batch: sequences per process per forward pass. 0: the largest power of two that fits."""
+    """Sequences per process and forward pass. 0: the largest power of two that fits."""
     sequence_length: AtLeast1 = 1024
     """Tokens per sequence."""
     loss_chunks: int = 0
-    """Chunks of the loss; more use less memory. 0: of 16,384 tokens each on CUDA, of 512 on a CPU."""
+    """Chunks of the loss; more need less memory. 0: chunks of 16,384 tokens on CUDA, of 512 on a CPU."""
 
 
 @dataclass
 class ModelSettings:
     block_size: AtLeast1 = 1024
-    """Context length of the model, at least --sequence-length; positions beyond that stay untrained."""
+    """Context length of the model, at least --sequence-length; positions beyond that are not trained."""
     n_layer: AtLeast1 = 12
     """Transformer blocks."""
     n_head: AtLeast1 = 12
@@ -70,31 +70,31 @@ class ModelSettings:
     n_embd: AtLeast1 = 768
     """Width, a multiple of --n-head."""
     dropout: Below1 = 0.0
-    """Dropout of embeddings, attention and residual paths in training; 0.1 in transformers' GPT-2."""
+    """Dropout in training, of embeddings, attention and residuals. transformers' GPT-2 has 0.1."""
 
 
 @dataclass
 class OptimizerSettings:
     optimizer: OptimizerName = "adamw"
-    """adamw for all parameters, or muon for the blocks' matrices and adamw for the rest."""
+    """adamw for all parameters, or muon for the matrices of the blocks and adamw for the rest."""
     learning_rate: Above0 = 6e-4
     """Peak learning rate."""
     embedding_lr_ratio: Above0 = 1.0
     """Learning rate of the embeddings, as a multiple of --learning-rate."""
     adam_beta2: Below1 = 0.95
-    """AdamW's decay rate of the mean squared gradient."""
+    """AdamW's beta2, the decay rate of the mean squared gradient."""
     min_lr_ratio: Fraction = 0.1
     """Final learning rate, as a fraction of the peak."""
     warmup_steps: int = 715
-    """Steps over which the learning rate rises to its peak."""
+    """Steps of linear warm-up to the peak."""
     schedule: Schedule = "cosine"
-    """Decay after warm-up. wsd: hold the peak, then a line over the last --cooldown-fraction of the steps."""
+    """Decay after warm-up. wsd: hold the peak, then decay linearly over the last --cooldown-fraction."""
     cooldown_fraction: Fraction = 0.3
-    """Fraction of all steps spent in the decay of wsd."""
+    """Fraction of all steps in which wsd decays."""
     weight_decay: float = 0.1
-    """Weight decay of matrices; biases and LayerNorms have none."""
+    """Weight decay of embeddings and matrices; biases and LayerNorms have none."""
     grad_clip: float = 1.0
-    """Largest gradient norm; larger gradients are scaled down to it. 0: no limit."""
+    """Clip gradients to this norm. 0: no clipping."""
     max_bad_steps: AtLeast1 = 5
     """Stop after this many steps in a row with a non-finite loss or gradient. Such steps are skipped."""
 
@@ -114,15 +114,15 @@ class EvaluationSettings:
     checkpoint_interval: int = 500
     """Steps between checkpoints. 0: only at the end."""
     keep_checkpoints: AtLeast1 = 3
-    """How many of the newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     checkpoint_minutes: float = 15.0
-    """Also write a checkpoint once the last one is this many minutes old. 0: by steps only."""
+    """Also write a checkpoint when the last one is this many minutes old. 0: by steps only."""
     keep_best: bool = False
     """Also write a checkpoint at each validation, and keep the one with the lowest validation loss."""
     patience: int = 0
-    """End the run after this many validations in a row without a lower loss. 0: train all steps."""
+    """Early stopping: end the run after this many validations in a row without a lower loss. 0: off."""
     reload_checkpoints: bool = False
-    """Load every checkpoint right after writing it and continue from what was read, as a resume would."""
+    """Load every checkpoint right after writing it, and continue from it as a resumed run would."""
 
 
 @dataclass
@@ -134,14 +134,14 @@ class MachineSettings:
     compile: bool = False
     """Compile the model. On by default on CUDA, with Triton and a V100 or newer."""
     recompute: bool = False
-    """Activation checkpointing: compute each block again in backward. Far less memory, a fifth more work."""
+    """Activation checkpointing: recompute each block in backward. Far less memory, a fifth more work."""
     track: str = ""
-    """Also send metrics to tensorboard, wandb, trackio: one of them, or several separated by commas."""
+    """Also send metrics to tensorboard, wandb or trackio, or to several, separated by commas."""
 
 
 @dataclass
 class CommandLine:
-    """The groups in which --help shows the settings."""
+    """Groups of settings in --help."""
 
     data: DataSettings
     run: RunSettings
@@ -152,7 +152,7 @@ class CommandLine:
     machine: MachineSettings
 
 
-# Bases in reverse: the fields of a dataclass begin with those of its last base.
+# Bases in reverse, because the fields of a dataclass begin with those of its last base.
 @dataclass
 class Settings(
     MachineSettings,
@@ -163,22 +163,20 @@ class Settings(
     RunSettings,
     DataSettings,
 ):
-    """All settings without groups, as the code uses them and config.json records them."""
+    """All settings in one flat class, for the code and config.json."""
 
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd")
 
 # ---------------------------------------------------------------- presets
 
-# The reference recipe, and faster ones for the same model, data and batch.
 REFERENCE = Settings()
-# Published for this data and 10B tokens: loss 3.021, where the reference recipe ends at 3.066 (garg-aayush).
+# garg-aayush published 3.021 with it on this data and 10B tokens, and 3.066 with the reference recipe.
 TUNED = dataclasses.replace(REFERENCE, learning_rate=1.8e-3, warmup_steps=285)
-# Half of the reference's tokens. Small models of this architecture reach its loss with 0.36 to 0.42 of its
-# tokens; that half is enough at 124M is an estimate (BENCHMARKS.md, "Recipes"): published runs,
-# with rotary positions and on FineWeb, need 0.58 to 0.66 of tuned AdamW's steps. Both learning rates and the
-# missing warm-up are those of modded-nanogpt's early Muon record; the long cooldown and beta2 are from our
-# small models.
+# Half of the reference's tokens, which is an estimate for 124M (BENCHMARKS.md, "Recipes"): small models of
+# this architecture reach the reference's loss with 0.36 to 0.42 of its tokens; published runs, with rotary
+# positions and on FineWeb, need 0.58 to 0.66 of tuned AdamW's steps. Both learning rates and the missing
+# warm-up come from modded-nanogpt's early Muon record, the long cooldown and beta2 from our small models.
 MUON = dataclasses.replace(
     REFERENCE,
     optimizer="muon",
@@ -196,14 +194,14 @@ PRESETS = {
     "gpt2-124m": REFERENCE,
     "gpt2-124m-tuned": TUNED,
     "gpt2-124m-muon": MUON,
-    # The sizes of the family, with the learning rates of GPT-3's models of their size (Brown et al. 2020).
+    # Learning rates of GPT-3's models of these sizes (Brown et al. 2020).
     "gpt2-medium": dataclasses.replace(REFERENCE, n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
     "gpt2-large": dataclasses.replace(REFERENCE, n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": dataclasses.replace(REFERENCE, n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
-    # GPT-2, on a text of one's own, which is small: 2.5 million tokens are 8 epochs of 300,000. Rate
-    # and schedule are those of transformers' trainer; nanoGPT's example for the far larger XL has 3e-5. The
-    # loss on such text falls for a few epochs and then rises: dropout delays that, keep_best undoes it.
-    # On a small model neither Muon nor another beta2 gained much (BENCHMARKS.md, "Recipes").
+    # For a small text: 2.5 million tokens are 8 epochs of 300,000. Learning rate and schedule are those of
+    # transformers' trainer; nanoGPT has 3e-5 for the far larger XL. The validation loss falls for a few
+    # epochs and then rises: dropout delays that, and keep_best saves the best. On a small model neither Muon
+    # nor another beta2 gained much (BENCHMARKS.md, "Recipes").
     "finetune": Settings(
         data_dir=Path("data/mine"),
         dataset_repo="none",
@@ -266,7 +264,7 @@ PRESETS = {
 
 
 def read_settings(args: list[str] | None = None) -> Settings:
-    """Settings from the command line: a preset's, overridden by the flags."""
+    """Read the command line: a preset, overridden by flags."""
     name = cli.given("preset", args) or "gpt2-124m"
     if name in PRESETS:
         preset = PRESETS[name]
@@ -282,7 +280,7 @@ def read_settings(args: list[str] | None = None) -> Settings:
 
 
 def in_groups(s: Settings) -> CommandLine:
-    """The settings in the groups of --help."""
+    """Sort settings into the groups of --help."""
     groups = {}
     for group in dataclasses.fields(CommandLine):
         names = [field.name for field in dataclasses.fields(group.type)]
@@ -291,7 +289,7 @@ def in_groups(s: Settings) -> CommandLine:
 
 
 def settings_from_config(path: Path) -> Settings:
-    """The settings that a run's config.json records, checked as flags are. path: that file or its folder."""
+    """Read settings from a run's config.json, checked like flags. path: that file or its folder."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"--preset {path}: neither a run, nor a file, nor one of {', '.join(PRESETS)}")
@@ -315,7 +313,7 @@ def settings_from_config(path: Path) -> Settings:
 
 
 def parse(defaults: Settings, args: list[str] | None) -> Settings:
-    """Settings from flags (None: those of the command line), `defaults` where there is no flag."""
+    """Parse flags (None: the command line) over `defaults`."""
     parsed = cli.parse(CommandLine, "Train GPT-2 from scratch.", default=in_groups(defaults), args=args)
     return Settings(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 

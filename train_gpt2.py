@@ -5,8 +5,8 @@
     python train_gpt2.py --preset demo                         # a small model on any CPU, no network
     python train_gpt2.py --preset log/config.json --out-dir log2     # repeat a run
 
-A step is one optimizer step; steps count from 1. The training loss of step s is that of its batch before the
-update, the validation loss of step s that of the weights after it.
+Read Trainer.step, one optimizer step, then run_steps, the loop around it. Steps count from 1. The training
+loss of step s is that of its batch before the update; its validation loss is that of the weights after it.
 """
 
 if __name__ == "__main__":
@@ -56,38 +56,38 @@ from support.runtime import Runtime
 
 
 class StepResult(NamedTuple):
-    """The numbers of an optimizer step, float32 on the device, where they may still be in the making."""
+    """Numbers of one optimizer step: fp32 tensors on the device, which may not have been computed yet."""
 
-    loss: Tensor  # mean over all processes, of the batch before the update
+    loss: Tensor  # of the batch before the update, mean over all processes
     grad_norm: Tensor  # before clipping
-    scale: Tensor  # of the loss in fp16, else 1
-    votes: Tensor  # (3,), not of the step: see Runtime.mean_and_votes
+    scale: Tensor  # loss scale in fp16, else 1
+    votes: Tensor  # (3,): processes that want to stop or to save, see Runtime.mean_and_votes
 
 
 @dataclass
 class Trainer:
-    """A model and everything that one training step of it needs."""
+    """A model and everything that one training step needs. Knows no file and no signal."""
 
     rt: Runtime
-    model: GPT  # the module itself: saved, sampled from, evaluated on HellaSwag
-    train_model: nn.Module  # wrapped by DDP if there are several processes, and compiled
-    eval_model: nn.Module  # compiled
+    model: GPT  # the plain module: for checkpoints, samples and HellaSwag
+    train_model: nn.Module  # the same, in DDP if there are several processes, and compiled
+    eval_model: nn.Module  # the same, compiled
     optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler  # does nothing except in fp16
+    scaler: torch.amp.GradScaler  # only active in fp16
     micro_batch_size: int
     accumulation_steps: int  # micro-batches per step
     loss_chunks: int
     grad_clip: float  # 0: no clipping
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> StepResult:
-        """Do one optimizer step on the next micro-batches. Does not wait for the device."""
+        """Do one optimizer step on the next micro-batches, without waiting for the device."""
         rt, n = self.rt, self.accumulation_steps
         loss_sum = torch.zeros((), device=rt.device)
         for micro_step in range(n):
             x, y = next(batches)
-            # Gradients of micro-batches add up, and the loss of the whole batch is the mean of theirs: hence
-            # loss / n. DDP averages over the processes inside backward(), overlapping with it; no_sync()
-            # leaves that to the last micro-batch.
+            # backward() adds gradients up, and the step needs the gradient of the mean loss: hence loss / n.
+            # DDP averages gradients over the processes during backward(), which only the last micro-batch
+            # needs: no_sync() skips it for the others.
             local = rt.world_size > 1 and micro_step < n - 1
             with self.train_model.no_sync() if local else contextlib.nullcontext():
                 with rt.autocast():
@@ -99,15 +99,15 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
         mean_loss, votes = rt.mean_and_votes(loss_sum)
         scale = self.scaler.scale(torch.ones_like(loss_sum))
-        # A step that is not finite changes nothing. This is decided on the device.
+        # The device itself skips the update if loss or gradient is not finite, so nothing waits for them.
         optim.step(self.optimizers, self.scaler, finite=(mean_loss + grad_norm).isfinite().float())
         return StepResult(mean_loss, grad_norm, scale, votes)
 
     @torch.no_grad()
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], n_tokens: int) -> Tensor:
-        """The loss in nats summed over `batches`, divided by `n_tokens`: float64 ().
+        """Return the loss in nats, summed over `batches` and divided by `n_tokens`: float64 ().
 
-        If these are the tokens of all processes, the results of all add up to the mean loss.
+        With the number of tokens of all processes, their results add up to the mean loss.
         """
         sums = []
         for x, y in batches:
@@ -120,7 +120,7 @@ class Trainer:
 
 
 def build_trainer(s: Settings, rt: Runtime, model: GPT) -> Trainer:
-    """The trainer of a model that is on the device already, as the settings say."""
+    """Build the trainer for a model that is already on the device."""
     sequences = s.total_batch_size // s.sequence_length // rt.world_size  # per step and process
     B = s.micro_batch_size or hardware.largest_micro_batch(
         model, s.sequence_length, sequences, s.loss_chunks, s.optimizer, rt
@@ -141,17 +141,17 @@ def build_trainer(s: Settings, rt: Runtime, model: GPT) -> Trainer:
 
 @dataclass
 class Data:
-    """What a run trains and is evaluated on."""
+    """Training, validation and HellaSwag data of a run."""
 
     train: TokenStream
     val: TokenStream
     hellaswag: list[hellaswag.Example]
-    hellaswag_error: str  # why there are no examples although the settings ask for them
+    hellaswag_error: str  # why the examples are missing; empty if they are there or not asked for
 
 
 @dataclass
 class Run:
-    """Everything that the loop and the evaluations use."""
+    """State that `set_up` builds for the training loop and the evaluations."""
 
     settings: Settings
     rt: Runtime
@@ -160,7 +160,7 @@ class Run:
     folder: RunFolder
 
     def log(self, step: int, text: str, kind: str, /, **values: object) -> None:
-        """Print a line about `step` on rank 0, and add a record to the metrics."""
+        """Print a line about `step` on rank 0, and append a record to the metrics."""
         self.rt.say(f"step {step}/{self.settings.max_steps} | {text}")
         self.folder.metrics.log(step, kind, **values)
 
@@ -168,22 +168,24 @@ class Run:
 def set_up(s: Settings, rt: Runtime) -> Run:
     """Build everything a run needs, and resume it. Raises UserError on a mistake in settings or data."""
     clock = Clock()
-    rt.run_on(rt.is_main, lambda: run_folder.check(s))  # before anything is fetched into it
-    if s.init_from == "scratch":  # before anything is fetched; other models first say how large they are
+    # Refuse what can be refused before a long download.
+    rt.run_on(rt.is_main, lambda: run_folder.check(s))
+    if s.init_from == "scratch":
         refuse_long_run(s, scratch_config(s), rt)
-    s = dataclasses.replace(s, compile=not rt.on_any(not s.compile))  # the default of one GPU may differ
+    s = dataclasses.replace(s, compile=not rt.on_any(not s.compile))  # all ranks or none
     if s.compile:
         compiler.try_out(rt)
     hub_head = rt.run_on(rt.is_main, lambda: push.prepare(s), fetches=s.push_to_hub != "")
     model = rt.run_on(True, lambda: build_model(s, rt.device))
     hardware.avoid_faulty_attention(s.sequence_length, s.dropout)
-    s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # to be recorded
-    if s.init_from != "scratch":
+    s = dataclasses.replace(s, **{name: getattr(model.config, name) for name in SHAPE})  # for config.json
+    if s.init_from != "scratch":  # only now do we know its size
         refuse_long_run(s, model.config, rt)
     with clock("data"):
         data = prepare_data(s, rt, model.config.block_size)
     trainer = build_trainer(s, rt, model)
-    folder = RunFolder(s, rt, clock, hub_head)  # last, so that bad settings leave nothing behind
+    # Claim the folder last, so that bad settings leave nothing behind.
+    folder = RunFolder(s, rt, clock, hub_head)
     facts = {"data": shards.describe(s.data_dir, data.train.shards)}
     folder.resume(trainer, data.train.fingerprint(), facts)
     if data.hellaswag_error:
@@ -194,7 +196,7 @@ def set_up(s: Settings, rt: Runtime) -> Run:
 
 
 def scratch_config(s: Settings) -> GPTConfig:
-    """The model that the flags describe."""
+    """Return the configuration of the model that the flags describe."""
     return GPTConfig(s.block_size, shards.vocab_size(s.data_dir), s.n_layer, s.n_head, s.n_embd, s.dropout)
 
 
@@ -205,21 +207,21 @@ def refuse_long_run(s: Settings, config: GPTConfig, rt: Runtime) -> None:
 
 
 def prepare_data(s: Settings, rt: Runtime, block_size: int) -> Data:
-    """Fetch or build the shards and the HellaSwag examples that are missing, and open them on all ranks."""
+    """Fetch or build missing shards and HellaSwag examples, and open them on all ranks."""
     rt.run_on(rt.local_rank == 0, lambda: fetch_shards(s), fetches=True)
     train, val = rt.run_on(True, lambda: open_streams(s))
     if not all(rt.agree(int(each.fingerprint(), 16) >> 1) for each in (train, val)):
         raise UserError(f"--data-dir {s.data_dir}: not the same shards on every machine: copy them over")
     if not s.hellaswag_interval:
         return Data(train, val, [], "")
-    # Once a run has begun, a file that is damaged must not end a restart loop.
+    # After the first checkpoint a damaged HellaSwag file must not end a restart loop.
     begun = rt.on_any(s.resume and len(checkpoint.folders(s.out_dir)) > 0)
     examples, error = hellaswag.prepare(s.hellaswag_data, rt, required=not begun)
     return Data(train, val, hellaswag.truncate_contexts(examples, block_size), error)
 
 
 def fetch_shards(s: Settings) -> None:
-    """Fetch or build missing shards; ensure that --data-dir holds every shard that its manifest lists."""
+    """Fetch or build missing shards. Raises UserError if one that the manifest lists is still missing."""
     if s.dataset_repo == "builtin" and s.data_dir == PRESETS["demo"].data_dir:
         builtin_corpus.complete(s.data_dir)
     elif s.dataset_repo not in ("builtin", "none"):
@@ -228,19 +230,19 @@ def fetch_shards(s: Settings) -> None:
 
 
 def open_streams(s: Settings) -> tuple[TokenStream, TokenStream]:
-    """The sequences for training and for validation."""
+    """Open the training and the validation sequences."""
     data = shards.find_shards(s.data_dir, s.num_shards)
     train = TokenStream(data["train"], s.sequence_length, s.seed, s.shuffle)
     return train, TokenStream(data["val"], s.sequence_length)
 
 
 def build_model(s: Settings, device: torch.device) -> GPT:
-    """The model with its initial weights, on the device, to be trained; the same weights on every device."""
+    """Build the model with its initial weights, which are the same for every device, on the device."""
     if s.init_from == "scratch":
         torch.manual_seed(s.seed)
         model = GPT(scratch_config(s))
     else:
-        # A resumed run starts from its own checkpoint, restored later: --init-from may be gone by then.
+        # A resumed run reads its own checkpoint instead, because --init-from may be gone by then.
         begun = checkpoint.latest_intact(s.out_dir)[0] if s.resume else None
         model = GPT.from_pretrained(begun or run_files.find_model(s.init_from), s.dropout)
         if model.config.vocab_size != (n_ids := shards.vocab_size(s.data_dir)):
@@ -253,7 +255,7 @@ def build_model(s: Settings, device: torch.device) -> GPT:
             f"--sequence-length {s.sequence_length}: the model has {model.config.block_size} positions: "
             f"lower it, or change {fix}"
         )
-    if s.recompute and s.dropout and device.type == "mps":  # torch would drop something else the second time
+    if s.recompute and s.dropout and device.type == "mps":  # torch would draw other dropout masks
         raise UserError("--recompute --dropout: not together on Apple's GPUs: drop one of them")
     model.recompute = s.recompute
     return model.train().to(device)
@@ -263,7 +265,7 @@ def build_model(s: Settings, device: torch.device) -> GPT:
 
 
 def train(s: Settings) -> int:
-    """Train with these settings. Returns the exit status: 0, or 128 + signal if one ended the run."""
+    """Train with these settings. Returns the exit status: 0, or 128 + N if signal N stopped the run."""
     check_settings(s, runtime.world_size())
     with runtime.start(s.device, s.dtype) as rt:
         run = set_up(s, rt)
@@ -273,7 +275,7 @@ def train(s: Settings) -> int:
 
 
 def run_steps(run: Run) -> int:
-    """Do the optimizer steps that are left; save and evaluate between them. Returns the exit status."""
+    """Do the remaining optimizer steps; save and evaluate between them. Returns the exit status."""
     s, rt, trainer, folder = run.settings, run.rt, run.trainer, run.folder
     step, last_step, stopped_by = folder.steps_done, s.max_steps, 0  # stopped_by: the number of a signal
     batches = dataloader.train_batches(
@@ -295,13 +297,14 @@ def run_steps(run: Run) -> int:
             if done:
                 break
             if stopped_by or step == last_step:
-                continue  # the evaluation has ended the run: save this step first
+                continue  # the evaluation ended the run: save this step and leave
             step += 1
             progress.begin()
             lr = optim.set_learning_rates(trainer.optimizers, step, s)
             rt.stop.wants_checkpoint = folder.checkpoint_is_overdue()
-            progress.add(step, lr, trainer.step(batches))  # nothing waits for the device
-            # On a GPU this reports the step before, unless the run pauses here anyway.
+            progress.add(step, lr, trainer.step(batches))
+            # On a GPU this reports the previous step, so that the device always has work. Before a pause it
+            # catches up.
             pause = step == last_step or save_is_due(s, step) or evaluation_is_due(s, step)
             stopped_by = progress.report(catch_up=pause)
     if stopped_by:
@@ -313,12 +316,12 @@ def run_steps(run: Run) -> int:
 
 
 def save_is_due(s: Settings, step: int) -> bool:
-    """True if a checkpoint is due after `step` by the intervals; --checkpoint-minutes is apart from them."""
+    """True if an interval asks for a checkpoint after `step`; --checkpoint-minutes is separate."""
     return is_due(step, s.checkpoint_interval, s.val_interval if s.keep_best else 0)
 
 
 def evaluation_is_due(s: Settings, step: int) -> bool:
-    """True if any evaluation is due after `step` by the intervals."""
+    """True if an interval asks for an evaluation after `step`."""
     return is_due(step, s.val_interval, s.hellaswag_interval, s.sample_interval)
 
 

@@ -1,11 +1,10 @@
 """Upload a run to the Hugging Face Hub, as a model that others can load.
 
-    python upload_hf.py --run log --repo-id USER/NAME --dry-run      # what would be sent, and the model card
+    python upload_hf.py --run log --repo-id USER/NAME --dry-run      # show the files and the model card
     python upload_hf.py --run log --repo-id USER/NAME --private
     python upload_hf.py --run log --repo-id USER/NAME --checkpoint 500 --revision step-500     # or best
 
-The token comes from HF_TOKEN or from `hf auth login`. Only the files named below and the run folder's figures
-are sent.
+The token comes from HF_TOKEN or `hf auth login`. Only the files listed below and the run's figures are sent.
 """
 
 import json
@@ -22,7 +21,7 @@ MODEL_FILES = (
     "model.safetensors", "config.json", "generation_config.json",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-# The run's files: name in the folder -> name on the Hub, where config.json is the model's.
+# Name in the run folder -> name on the Hub, where config.json is the configuration of the model.
 RUN_FILES = {
     run_files.METRICS: run_files.METRICS,
     run_files.CONFIG: "training_config.json",
@@ -43,9 +42,9 @@ class Settings:
     dry_run: bool = False
     """Only show the model card and list what would be sent."""
     checkpoint: int | Literal["best"] | None = None
-    """Step of the checkpoint to send, or best: the one of lowest validation loss. Default: the newest."""
+    """Step of the checkpoint to send, or best (lowest validation loss). Default: the newest."""
     revision: str = ""
-    """Tag for this upload, so that `from_pretrained(..., revision=TAG)` finds it later."""
+    """Tag this upload, so that `from_pretrained(..., revision=TAG)` loads it."""
     license: str = ""
     """Licence to state on the model card, such as mit. Default: the data set's, if its card states one."""
     language: str = ""
@@ -53,7 +52,7 @@ class Settings:
 
 
 def pick_checkpoint(run: Path, step: int | Literal["best"] | None) -> Path:
-    """The checkpoint of that step (None: the newest), verified. Raises UserError if there is none."""
+    """Find and verify the checkpoint of `step` (None: the newest). Raises UserError if there is none."""
     if not run.is_dir():
         raise UserError(f"--run {run}: no such folder: name a run")
     if step is None:
@@ -74,7 +73,7 @@ def pick_checkpoint(run: Path, step: int | Literal["best"] | None) -> Path:
 
 
 def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """What to send, name on the Hub -> file, and a line on each file that is not sent.
+    """Return the files to send, name on the Hub -> file, and a line for each file that is left out.
 
     Raises UserError if a file of the model is missing, if a link leads out of the run folder, or if a file
     contains the user's token.
@@ -91,7 +90,7 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
     files |= {path.name: path for path in sorted(run.glob("[!.]*.png"))}
     token = hub.token()
     for path in files.values():
-        # A checkpoint may itself be a link, or its folder one, to a larger disk.
+        # The checkpoint, or the folder of checkpoints, may be a link to a larger disk.
         if not any(path.resolve().is_relative_to(place.resolve()) for place in (run, folder)):
             raise UserError(f"{path}: leads out of {run} to {path.resolve()}: put a copy there")
         if token and path.suffix != ".safetensors" and token.encode() in path.read_bytes():
@@ -100,7 +99,7 @@ def collect(run: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def describe_data(config: dict) -> tuple[str, str]:
-    """What config.json says a run was trained on: for a reader, and the name on the Hub, if there is one."""
+    """Describe the training data by config.json. Also returns its name on the Hub, or ""."""
     folder = Path(config["settings"]["data_dir"]).name
     data = config.get("data") or {}
     source = data.get("source") or {}
@@ -117,7 +116,7 @@ def describe_data(config: dict) -> tuple[str, str]:
 
 
 def licence_and_language(s: Settings, dataset: str) -> list[str]:
-    """The card's lines on both: from the flags, else from the data set's own card, else none."""
+    """Return the card's licence and language: from the flags, else from the card of the data set."""
     given: dict[str, object] = {"license": s.license, "language": s.language}
     if dataset and not all(given.values()):
         try:
@@ -132,7 +131,7 @@ def licence_and_language(s: Settings, dataset: str) -> list[str]:
 
 
 def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
-    """The README.md: recipe, data, losses, HellaSwag, hardware, time, usage, figure, samples."""
+    """Write the model card: results, usage, figure, recipe and samples."""
     run, repo_id = s.run, s.repo_id
     config = (
         json.loads((run / run_files.CONFIG).read_text(encoding="utf-8-sig"))
@@ -195,7 +194,7 @@ def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
         parts += ["", "## Recipe", "", "| setting | |", "|---|---|"]
         parts += [f"| {name.replace('_', ' ')} | {settings[name]} |" for name in recipe if name in settings]
     if "samples.txt" in files:
-        # Indented rather than fenced: the model's own text could close a fence.
+        # Indented rather than fenced, because the text of a model may contain a fence.
         samples = files["samples.txt"].read_text(encoding="utf-8").strip()
         parts += ["", "## Samples", "", textwrap.indent(samples, "    ", lambda line: True)]
     return "\n".join(parts) + "\n"
@@ -230,7 +229,7 @@ def upload(s: Settings) -> None:
             raise UserError(f"--revision {s.revision}: a tag of that name already exists: choose another")
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
-        there = hub.with_retries(lambda: api.list_repo_files(s.repo_id))  # perhaps of another step
+        there = hub.with_retries(lambda: api.list_repo_files(s.repo_id))  # may be those of another step
         stale = set(RUN_FILES.values()) & set(there) - set(files)
         operations += [CommitOperationDelete(name) for name in sorted(stale)]
         title = f"Weights after {checkpoint.step_of(folder)} steps"
