@@ -15,6 +15,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+# DDP imports this module too late: its default arguments would hold the process group for ever.
+import torch.distributed.nn.functional
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,16 +58,16 @@ class Runtime:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Leave the process group, so that no DDP model outlives it.
+        """Leave the process group, whose threads must end before the interpreter does.
 
-        A DDP reducer that holds the last reference to the group would destroy it with the GIL held, while
-        gloo's threads, which the group waits for, want the GIL: the process would hang. The model itself may
-        live on, in the frames of an exception, but without its reducer.
+        Gloo's threads want the GIL to free tensors. So a DDP reducer that destroys the group with the GIL
+        held would wait for them forever, and a thread that the interpreter's end finds aborts the process.
+        DDP models may live on in the frames of an exception, but without a reference to the group.
         """
         if self.world_size == 1:
             return
         for model in self.ddp_models:
-            model.reducer = model.logger = None
+            model.reducer = model.logger = model.process_group = None
         # After an error NCCL would wait here for the other processes; the end of this one frees its part.
         if error is None or self.device.type != "cuda":
             dist.destroy_process_group()

@@ -319,6 +319,38 @@ def test_no_ddp_model_outlives_its_group(
     assert not dist.is_initialized()
 
 
+LEAVES = """
+import os
+from pathlib import Path
+import torch
+from support import runtime
+
+rt = runtime.start("cpu", "float32")
+try:
+    with rt:
+        model, _ = rt.wrap(torch.nn.Linear(4, 4), compiled=False)
+        model(torch.ones(1, 4)).sum().backward()
+        if FAILS:
+            raise ValueError
+except ValueError:
+    pass
+names = [(thread / "comm").read_text() for thread in Path("/proc/self/task").iterdir()]
+rt.say(f"left: {[name for name in names if 'gloo' in name]}")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_of_the_process_group_is_left(fails: bool, tmp_path: Path) -> None:
+    """One that is left when the interpreter ends aborts the process now and then."""
+    (tmp_path / "script.py").write_text(LEAVES.replace("FAILS", str(fails)))
+    done = subprocess.run(
+        command(str(tmp_path / "script.py"), nproc=2),
+        env={**environment(), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "left: []\n"), done.stderr[-2000:]
+
+
 def test_gradients_that_accumulate_are_not_yet_in_ddps_buckets() -> None:
     """Why several processes need memory for buckets beside gradients: DDP moves them in the last round."""
     with group_of_one() as rt:
