@@ -25,13 +25,20 @@ import numpy as np
 import tyro
 
 import hellaswag
-from support import cli, files, metrics, run_files
+from support import cli, files, labels, metrics, run_files
 from support.cli import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Name on the axis and height in inches.
+PANELS = {
+    "loss": ("loss (nats per token)", 3.8),
+    "hellaswag": ("HellaSwag acc_norm", 2.0),
+    "lr": ("learning rate", 1.5),
+    "tokens_per_sec": ("tokens/s", 1.5),
+}
 SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 PLAIN_LINE = re.compile(r"(\d{1,15})\s+(train|val|hella)\s+(\S+)")
 
@@ -58,14 +65,13 @@ def plot(runs: list[Path], out: Path, log_x: bool = False, smooth: int = 0) -> P
 
     The path is `out`, loss_curves.png in it if it is a folder, or `out` with .png if it has no suffix.
     A run of a single evaluation (--max-steps 0) is a baseline: a horizontal line. Raises UserError on runs
-    that cannot be read or contain nothing to draw, on a negative `smooth`, and if the figure cannot be saved.
+    that cannot be read or contain nothing to draw, and if the figure cannot be saved.
     """
-    if smooth < 0:
-        raise UserError(f"--smooth {smooth}: is negative: give a number of steps, or 0 for 1/50 of the run")
     out = _figure_file(out)
     series = [read_run(run) for run in runs]
     with _quiet_matplotlib():
-        _draw(_labels(runs), series, out, log_x, smooth)
+        title = _title(runs[0], series[0]) if len(runs) == 1 else ""
+        _draw(labels.of_runs(runs), series, out, log_x, smooth, title)
     return out
 
 
@@ -84,8 +90,8 @@ def _quiet_matplotlib() -> Iterator[None]:
     """Import matplotlib regardless of the environment, and keep its warnings off the terminal.
 
     Its import fails if MPLBACKEND, which notebooks set, names a backend that is not installed; nothing here
-    uses one. It warns of a home that cannot be written, and once per missing character; _tell_apart prints
-    one line instead.
+    uses one. It warns of a home that cannot be written, and once per missing character; support/labels.py
+    prints one line instead.
     """
     logger = logging.getLogger("matplotlib")
     level = logger.level
@@ -115,71 +121,80 @@ def _import_matplotlib() -> None:
             matplotlib.rcParams["backend"] = before["MPLBACKEND"]  # for the notebook's own figures
 
 
-def _draw(labels: list[str], series: list[dict], out: Path, log_x: bool, smooth: int) -> None:
+def _draw(names: list[str], series: list[dict], out: Path, log_x: bool, smooth: int, title: str) -> None:
     from matplotlib.figure import Figure  # slow to import, and the training script imports this file
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    titles = {"loss": "loss (nats per token)", "hellaswag": "HellaSwag acc_norm", "lr": "learning rate"}
-    titles["tokens_per_sec"] = "tokens/s"
     drawn = set().union(*series)
-    panels = [
-        (kind, title)
-        for kind, title in titles.items()
-        if kind in drawn or (kind == "loss" and drawn & {"train", "val"})
-    ]
+    rows = [["loss"]] if drawn & {"train", "val"} else []
+    rows += [["hellaswag"]] if "hellaswag" in drawn else []
+    rows += [[kind for kind in ("lr", "tokens_per_sec") if kind in drawn]]
+    rows = [[row[0], row[-1]] for row in rows if row]
+    heights = [PANELS[row[0]][1] for row in rows]
+    figure = Figure(figsize=(12, sum(heights)), dpi=100, layout="constrained")
+    axes = figure.subplot_mosaic(rows, height_ratios=heights)
+    figure.suptitle(title, fontsize="medium", parse_math=False)
 
     longest = max((len(s["train"][0]) for s in series if "train" in s), default=0)
     window = smooth or max(1, longest // 50)
-
     several = len(series) > 1
     # A single run's name appears only at a HellaSwag baseline. Without one, skip the search for fonts.
     named = several or len(series[0].get("hellaswag", [()])[0]) == 1
-    labels, fonts = _tell_apart(labels) if named else (labels, None)
-
-    heights = [3.2] + [1.0] * (len(panels) - 1)
-    figure = Figure(figsize=(12, 2.1 * sum(heights)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for number, (label, values) in enumerate(zip(labels, series, strict=True)):
+    names, fonts = labels.tell_apart(names) if named else (names, None)
+    for number, (label, values) in enumerate(zip(names, series, strict=True)):
         color = f"C{number % 10}"
-        # matplotlib leaves names that start with _ out of the legend; _add_legend removes the space again.
-        name = f" {label}: " if several else ""
-        for axis, (kind, _) in zip(axes, panels, strict=True):
+        for kind, axis in axes.items():
             if kind == "loss":
-                _draw_losses(axis, values, name, color, window)
+                # matplotlib hides names that start with _ from the legend; _add_legend removes the space.
+                _draw_losses(axis, values, f" {label}: " if several else "", color, window)
             elif kind in values:
-                steps, points = values[kind]
-                if len(steps) == 1:
-                    axis.axhline(points[0], color=color, linestyle=":", label=f" {label}")
-                else:
-                    style = "o-" if kind == "hellaswag" else "-"
-                    unnamed = several and not values.keys() & {"train", "val"}  # has no losses to label
-                    text = f" {label}" if unnamed else None
-                    axis.plot(steps, points, style, color=color, markersize=3, linewidth=1, label=text)
-    for axis, (kind, title), height in zip(axes, panels, heights, strict=True):
-        axis.set_ylabel(title)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        if log_x:
-            axis.set_xscale("symlog", linthresh=1)
+                unnamed = several and not values.keys() & {"train", "val"}  # has no losses to label
+                _draw_curve(axis, kind, *values[kind], f" {label}", color, unnamed)
+
+    last = max(steps[-1] for values in series for steps, _ in values.values())
+    for kind, axis in axes.items():
+        axis.set_ylabel(PANELS[kind][0])
+        _set_up_steps(axis, last, log_x)
         if kind == "hellaswag":
             published = hellaswag.PUBLISHED["completion"][1]
             axis.axhline(published, color="gray", linestyle="--", linewidth=1, label="OpenAI's GPT-2 124M")
             axis.axhline(0.25, color="gray", linestyle=":", linewidth=1, label="chance")
         if kind in ("loss", "hellaswag"):
-            _add_legend(axis, fonts, rows=int(9 * height))
-        if kind == "tokens_per_sec":
-            axis.set_ylim(bottom=0)
-            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    if longest > 1000 and not log_x:
-        axes[0].set_ylim(*_loss_limits(series, window))
-    axes[-1].set_xlabel("step")
-    last = max(steps[-1] for values in series for steps, _ in values.values())
-    axes[-1].set_xlim(0, None if last else 1)
-    if not log_x:
-        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    figure.align_ylabels()
+            _add_legend(axis, fonts, rows=int(4 * PANELS[kind][1]))
+    for kind in rows[-1]:
+        axes[kind].set_xlabel("step")
+    if "tokens_per_sec" in axes:
+        axes["tokens_per_sec"].set_ylim(0, 1.1 * axes["tokens_per_sec"].dataLim.y1 or 1)
+        axes["tokens_per_sec"].yaxis.set_major_formatter("{x:,.0f}")
+    if "loss" in axes and not log_x:
+        axes["loss"].set_ylim(*_loss_limits(series, window))
     _save(figure, out)
+
+
+def _set_up_steps(axis: "Axes", last: int, log_x: bool) -> None:
+    """Prepare the horizontal axis of a panel for steps from 0 to `last`."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    if log_x:
+        axis.set_xscale("symlog", linthresh=1)
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.set_xlim(0, 1.01 * last or 1)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _draw_curve(
+    axis: "Axes", kind: str, steps: np.ndarray, values: np.ndarray, label: str, color: str, unnamed: bool
+) -> None:
+    """Draw HellaSwag scores, learning rates or throughputs; a single value as a horizontal line."""
+    if len(steps) == 1:
+        axis.axhline(values[0], color=color, linestyle=":", label=label)
+    else:
+        style = "o-" if kind == "hellaswag" else "-"
+        axis.plot(
+            steps, values, style, color=color, markersize=3, linewidth=1, label=label if unnamed else None
+        )
 
 
 def _save(figure: "Figure", out: Path) -> None:
@@ -220,25 +235,41 @@ def _draw_losses(axis: "Axes", values: dict, name: str, color: str, window: int)
         label = f"{name}validation, last {losses[-1]:.4f}"
         if len(steps) == 1:
             axis.axhline(losses[0], color=color, linestyle=":", label=label)
-        else:
-            axis.plot(steps, losses, "o--", color="black" if not name else color, markersize=4, label=label)
+        else:  # no lines: nothing was measured between the points
+            axis.plot(
+                steps, losses, "o", color=color if name else "black", markersize=5, mec="white", label=label
+            )
 
 
 def _loss_limits(series: Iterable[dict], window: int) -> tuple[float | None, float | None]:
-    """Limits of the loss axis without the first 5 % of each run and the noise of single training steps."""
+    """Limits of the loss axis for the losses after the warm-up, without the noise of single steps."""
     shown = []
     for values in series:
+        begin = _end_of_warmup(values)
         for kind in ("train", "val"):
             if kind in values:
                 steps, losses = values[kind]
                 losses = _moving_average(losses, window) if kind == "train" else losses
-                shown.append(losses[steps >= 0.05 * steps[-1]])
+                shown.append(losses[steps >= begin])
     shown = np.concatenate(shown or [np.empty(0)])
     shown = shown[np.isfinite(shown)]
     if len(shown) == 0 or shown.min() == shown.max():
         return None, None
     margin = 0.05 * (shown.max() - shown.min())
     return shown.min() - margin, shown.max() + margin
+
+
+def _end_of_warmup(values: dict) -> float:
+    """Return the step of the peak learning rate, but at least 5 % and at most half of the run.
+
+    0 for a run of fewer than 20 steps.
+    """
+    last = max(steps[-1] for steps, _ in values.values())
+    if last < 20:
+        return 0
+    steps, rates = values.get("lr", ([0], [0.0]))
+    peak = steps[int(np.argmax(rates))]
+    return min(max(0.05 * last, peak), last / 2)
 
 
 def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
@@ -254,8 +285,23 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
         return (sums[end] - sums[begin]) / (counts[end] - counts[begin])
 
 
+def _title(run: Path, values: dict) -> str:
+    """Name the model, the machine and the time in training steps, if the run has recorded them."""
+    config = run_files.read_config(run if os.path.isdir(run) else run.parent)
+    parts = []
+    with contextlib.suppress(KeyError, TypeError):  # recorded by another program
+        parts.append(f"GPT-2 with {config['parameters'] / 1e6:,.0f} million parameters")
+        parts.append("{processes} x {name}".format(**config["hardware"]).removeprefix("1 x "))
+    if "step_ms" in values:
+        minutes = np.nansum(values["step_ms"][1]) / 60_000
+        parts.append(
+            f"{minutes / 60:.1f} hours of training" if minutes > 120 else f"{minutes:.1f} minutes of training"
+        )
+    return ", ".join(parts)
+
+
 def read_run(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The curves of a run: name -> (steps, values), with the names train, val, hellaswag, lr, tokens_per_sec.
+    """Read the curves of a run: train, val, hellaswag, lr, tokens_per_sec or step_ms -> (steps, values).
 
     Raises UserError if there is nothing to read, or nothing to draw.
     """
@@ -279,7 +325,7 @@ def read_run(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _records(file: Path) -> list[tuple[str, int, object]]:
     columns = {
-        "train": {"loss": "train", "lr": "lr", "tokens_per_sec": "tokens_per_sec"},
+        "train": {"loss": "train", "lr": "lr", "tokens_per_sec": "tokens_per_sec", "step_ms": "step_ms"},
         "val": {"loss": "val"},
         "hellaswag": {"acc_norm": "hellaswag"},
     }
@@ -306,65 +352,6 @@ def _plain_lines(file: Path) -> list[tuple[str, int, object]]:
         except (TypeError, ValueError) as error:
             raise UserError(f"{file}: line {number} is not `STEP train|val|hella VALUE`") from error
         found.append(("hellaswag" if kind == "hella" else kind, step, value))
-    return found
-
-
-def _labels(runs: list[Path]) -> list[str]:
-    """A name for each run: its folder's, or its path if names repeat."""
-    sources = [run.parent if run.name.lower() == run_files.METRICS and run.is_file() else run for run in runs]
-    sources = [source.resolve() if source.name in ("", "..") else source for source in sources]
-    names = [source.stem if source.is_file() else source.name for source in sources]
-    if len(set(names)) < len(names):
-        names = [str(source) for source in sources]
-    # A line break would split the label, and an SVG cannot hold a control character.
-    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in names]
-
-
-def _tell_apart(labels: list[str]) -> tuple[list[str], list[str]]:
-    """Number the labels that would look alike, and find the font families that draw them all.
-
-    Characters that no installed font has are drawn as boxes, with a note on stderr.
-    """
-    from matplotlib import rcParams
-    from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager, get_font
-
-    families = list(rcParams["font.family"])
-    usual = [get_font(findfont(FontProperties(family=[family]))) for family in families]
-    missing = {c for c in "".join(labels) if not any(font.get_char_index(ord(c)) for font in usual)}
-    # The files rather than matplotlib's list of them: that is cached, and lacks fonts installed since.
-    paths = sorted(findSystemFonts()) if missing else []
-    found = {path: _outlines(path, missing) for path in paths if "lastresort" not in path.lower()}
-    for path in sorted(found, key=lambda path: (-len(found[path]), "regular" not in path.lower())):
-        if found[path] & missing:
-            fontManager.addfont(path)
-            families.append(FontProperties(fname=path).get_name())
-            missing -= found[path]
-    if missing:
-        print(
-            f"note: no installed font has {''.join(sorted(missing))}: such runs are numbered in the legend; "
-            "install Noto Sans CJK for Chinese or Noto Emoji for emoji, then draw again",
-            file=sys.stderr,
-        )
-    numbered = [
-        f"{label} (run {number})" if labels.count(label) > 1 or missing & set(label) else label
-        for number, label in enumerate(labels, start=1)
-    ]
-    return numbered, families
-
-
-def _outlines(path: str, characters: set[str]) -> set[str]:
-    """The characters that a font file has an outline for. Fonts of coloured emoji have none."""
-    from matplotlib import font_manager
-
-    found = set()
-    with contextlib.suppress(RuntimeError, OSError):  # a file that FreeType does not read
-        font = font_manager.get_font(path)
-        font.set_size(10, 72)
-        for character in characters:
-            if font.get_char_index(ord(character)):
-                font.load_char(ord(character))
-                if len(font.get_path()[0]):
-                    found.add(character)
     return found
 
 

@@ -13,6 +13,7 @@ Runs = dict[int, dict[float, Result]]  # of one recipe on one rung, by seed and 
 # Muon's steps to tuned AdamW's loss, as a fraction of its own, at 124M with rotary positions on FineWeb: in
 # modded-nanogpt's early records, on its track 3, and there relative to the AdamW of pull request 353.
 PUBLISHED = (6200 / 9536, 3250 / 5625, 3250 / 4950)
+MUON_TO_ADAMW = "Muon, to tuned AdamW's loss"
 EARLIER = "muon-beta2-95"  # the preset before it had AdamW's beta2 at 0.99, which suits small batches
 
 
@@ -214,7 +215,7 @@ def text(results: list[Result]) -> str:
 
 
 def pairs(results: list[Result]) -> dict[str, list[Result]]:
-    """What the figure compares: recipe to recipe, each on every rung where there is a ratio."""
+    """Compare recipes on every rung where there is a ratio."""
     tuned = {rung: name for rung in RUNGS if (name := tuned_adamw(results, rung))}
     reference, muon, earlier = (dict.fromkeys(RUNGS, name) for name in (REFERENCE, "muon", EARLIER))
     found = {}
@@ -222,7 +223,7 @@ def pairs(results: list[Result]) -> dict[str, list[Result]]:
         ("tuned AdamW, to the reference's loss", tuned, reference),
         ("Muon with AdamW's beta2 at 0.95, to the reference's loss", earlier, reference),
         ("Muon, to the reference's loss", muon, reference),
-        ("Muon, to tuned AdamW's loss", muon, tuned),
+        (MUON_TO_ADAMW, muon, tuned),
     ):
         rungs = [rung for rung in RUNGS if rung in recipe and rung in other]
         rows = [row for rung in rungs if (row := compare(results, rung, recipe[rung], other[rung]))]
@@ -261,33 +262,33 @@ def with_range(value: float, low: float, high: float, form: str = ".2f") -> str:
 
 
 def draw(results: list[Result], out: Path) -> None:
-    """Tokens to another recipe's loss against the model's size, one line per pair."""
+    """Draw the tokens that Muon needs for the loss of tuned AdamW, against the size of the model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
+    axes.set_title("Tokens needed to reach the baseline's loss (lower is better)")
     axes.axhline(1, color="0.5", linestyle=":")
-    noted = set()  # lines that end on one rung share its note
-    for k, (label, rows) in enumerate(pairs(results).items()):
-        ratios = np.array([row["ratio"] for row in rows])
-        bars = [ratios - [row["ratio_low"] for row in rows], [row["ratio_high"] for row in rows] - ratios]
-        if rows:
-            sizes = [block_parameters(row) * 1.06 ** (k - 1) for row in rows]  # side by side
-            style = {"color": f"C{k}", "marker": "o", "capsize": 3}
-            axes.errorbar(sizes, ratios, np.nan_to_num(bars), **style, label=label)
-            for row, at in zip(rows, sizes, strict=True):
-                if row["length"] < max(r["length"] for r in rows) and row["rung"] not in noted:
-                    noted.add(row["rung"])
-                    text = f"{row['length']:g} tokens per parameter"
-                    axes.annotate(text, (at, row["ratio"]), (16, -4), textcoords="offset points", fontsize=8)
+    at_right = {"textcoords": "offset points", "va": "center"}
+    axes.annotate(
+        "baseline: AdamW at its best settings", (1e7, 1), (0, 9), ha="center", color="0.4", **at_right
+    )
+    if rows := pairs(results)[MUON_TO_ADAMW]:
+        sizes, ratios = [block_parameters(row) for row in rows], [row["ratio"] for row in rows]
+        ends = [[row["ratio_low"], row["ratio_high"]] for row in rows]
+        bars = np.nan_to_num(np.abs(np.array(ends).T - ratios))
+        axes.errorbar(sizes, ratios, bars, color="C3", marker="o", capsize=3)
+        text = "Muon, our small models\n(95 % intervals over seeds)"
+        axes.annotate(text, (sizes[-1], ratios[-1]), (12, 0), color="C3", **at_right)
     size = RUNGS["12x768"].block_parameters
-    label = "the same in published runs, with rotary positions"
-    axes.errorbar([size] * len(PUBLISHED), PUBLISHED, fmt="o", color="C3", fillstyle="none", label=label)
+    axes.plot([size] * len(PUBLISHED), PUBLISHED, "o", color="C3", fillstyle="none")
+    text = "Muon, modded-nanogpt's runs\n(124M, rotary positions)"
+    axes.annotate(text, (size, np.mean(PUBLISHED)), (-12, 0), ha="right", color="C3", **at_right)
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
+    axes.set_xlim(6e4, 1.5e8)
+    axes.set_ylim(0, 1.15)
     axes.set_xlabel("parameters in the blocks' matrices")
-    axes.set_ylabel("tokens to another recipe's loss, as a fraction of that recipe's")
+    axes.set_ylabel("fraction of the baseline's tokens")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
     figure.savefig(out)

@@ -21,12 +21,18 @@ SUMMARY = "summary.json"
 BEST = ":best"  # after a run's name: its checkpoint with the lowest validation loss
 
 
-def recorded_settings(out_dir: Path) -> dict[str, object]:
-    """The settings in a run's config.json; none without a readable file."""
+def read_config(out_dir: Path) -> dict[str, object]:
+    """Read a run's config.json. Returns an empty dictionary unless it can be read and is that of a run."""
     try:
-        return dict(json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))["settings"])
+        config = json.loads((out_dir / CONFIG).read_text(encoding="utf-8-sig"))
+        return config if isinstance(config["settings"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+
+
+def recorded_settings(out_dir: Path) -> dict[str, object]:
+    """Return the settings in a run's config.json; none without a readable file."""
+    return read_config(out_dir).get("settings", {})
 
 
 def step_of_summary(out_dir: Path) -> int | None:

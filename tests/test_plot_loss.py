@@ -119,16 +119,50 @@ def test_a_figure_of_one_evaluation_and_two_lengths(train: Callable[..., Path], 
     assert svg.count("mean of 10 steps -->") == 2
 
 
-def test_the_loss_axis_leaves_out_a_long_runs_start(tmp_path: Path, figures: list[Figure]) -> None:
-    """From a loss of 11 to one of 3: the axis has the losses after the first 5 % of the steps."""
-    losses = [3 + 8 * np.exp(-step / 100) for step in range(2001)]
-    for name, last in (("long.txt", 2000), ("short.txt", 500)):
-        text = "".join(f"{step} train {losses[step]}\n" for step in range(last + 1))
-        (tmp_path / name).write_text(f"{text}7 train nan\n0 val {losses[0]}\n{last} val {losses[last]}\n")
-        plot_loss.plot([tmp_path / name], tmp_path / "figure.png", smooth=1)
-    long, short = (figure.axes[0].get_ylim() for figure in figures)
-    assert losses[100] < long[1] < losses[90] and 2.5 < long[0] < losses[2000]
-    assert short[1] > losses[0]
+@pytest.mark.parametrize(
+    ("last", "peak", "first"),
+    [(2000, 0, 100), (2000, 500, 500), (2000, 1900, 1000), (19, 0, 0)],
+    ids=["5 %", "warm-up", "half", "short run"],
+)
+def test_the_loss_axis_leaves_out_the_warmup(
+    last: int, peak: int, first: int, tmp_path: Path, figures: list[Figure]
+) -> None:
+    """From a loss of 11 to one of 3, with the peak learning rate at step `peak`."""
+    losses = [3 + 8 * np.exp(-step / (last / 4)) for step in range(last + 1)]
+    records = [
+        {"step": step, "kind": "train", "loss": losses[step], "lr": 1 - abs(step - peak) / last}
+        for step in range(last + 1)
+    ]
+    records += [{"step": step, "kind": "val", "loss": losses[step]} for step in (0, last)]
+    plot_loss.plot([write_run(tmp_path / "run", records)], tmp_path / "figure.png", smooth=1)
+    bottom, top = figures[0].axes[0].get_ylim()
+    margin = 0.05 * (losses[first] - losses[-1])
+    assert (bottom, top) == pytest.approx((losses[-1] - margin, losses[first] + margin))
+
+
+def test_the_title_names_model_machine_and_time(train: Callable[..., Path], figures: list[Figure]) -> None:
+    run = train()
+    config = json.loads((run / "config.json").read_text())
+    config["parameters"], config["hardware"] = 124_439_808, {"processes": 8, "name": "H100"}
+    (run / "config.json").write_text(json.dumps(config))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record |= {"step_ms": 30_000} if record["kind"] == "train" else {}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot_loss.plot([run], run / "a.png")
+    minutes = sum(record["kind"] == "train" for record in records) / 2
+    title = f"GPT-2 with 124 million parameters, 8 x H100, {minutes:.1f} minutes of training"
+    assert figures[-1].get_suptitle() == title
+    (run / "config.json").write_text('{"settings": {}, "parameters": "many"}')
+    plot_loss.plot([run], run / "a.png")
+    assert figures[-1].get_suptitle() == f"{minutes:.1f} minutes of training"
+
+
+def test_validation_losses_are_points_without_a_line(tmp_path: Path, figures: list[Figure]) -> None:
+    records = TRAIN + [{"step": step, "kind": "val", "loss": 5.0} for step in (0, 2)]
+    plot_loss.plot([write_run(tmp_path / "run", records)], tmp_path / "a.png")
+    [line] = [line for line in figures[0].axes[0].get_lines() if line.get_ydata().tolist() == [5.0, 5.0]]
+    assert (line.get_linestyle(), line.get_marker()) == ("None", "o")
 
 
 # ---------------------------------------------------------------- names of runs
@@ -259,7 +293,7 @@ def test_the_legend_of_many_runs_leaves_room_for_curves(tmp_path: Path, figures:
         figures[0].draw_without_rendering()
     axis = figures[0].axes[0]
     box = axis.get_legend().get_window_extent()
-    assert axis.bbox.width > 1000 and axis.bbox.height > 400
+    assert axis.bbox.width > 1000 and axis.bbox.height > 300
     assert axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1
     assert len(axis.get_legend().get_texts()) == 40
 
@@ -308,7 +342,7 @@ def test_the_suffix_chooses_the_format(suffix: str, start: bytes, tmp_path: Path
         (["run", "--out", "run/metrics.jsonl/a.png"], "metrics.jsonl/a.png: cannot be written"),
         (["run", "--out", "run/metrics.jsonl/b/a.png"], "b/a.png: cannot be written"),
         (["run", "--out", "x" * 300], "x.png: cannot be written"),
-        (["run", "--smooth", "-1"], "--smooth -1: is negative"),
+        (["run", "--smooth", "-1"], "--smooth -1: must be at least 0"),
         (["run", "started"], "started/metrics.jsonl: contains no losses to draw yet"),
         (["x" * 300], "no run there"),
     ],
