@@ -128,7 +128,7 @@ def test_flags_exist(document: Path) -> None:
 PARSERS = {"train_gpt2.py": settings.read_settings}
 for script, module in {
     "bench.py": bench, "convert.py": convert, "generate.py": generate, "hellaswag.py": hellaswag,
-    "plot_loss.py": plot_loss, "upload_hf.py": upload_hf, "dataloader.py": fetch_tokens_hf,
+    "plot_loss.py": plot_loss, "upload_hf.py": upload_hf, "pre_tokens/fetch_tokens_hf.py": fetch_tokens_hf,
     "pre_tokens/handle_tokens.py": handle_tokens, "pre_tokens/transfer_tokens_hf.py": transfer_tokens_hf,
 }.items():  # fmt: skip
     PARSERS[script] = functools.partial(cli.parse, module.Settings, "", None)

@@ -73,8 +73,8 @@ class Run:
         return subprocess.Popen(line, **{**options, **popen})
 
     def start_recipe(self, pause: int = 10, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen:
-        """The loop of workflow.md for a box that may vanish, on two processes, with the flags of this run."""
-        chapter = (ROOT / "workflow.md").read_text(encoding="utf-8").split("### A box that may vanish")[1]
+        """The loop of workflow.md for spot instances, on two processes, with the flags of this run."""
+        chapter = (ROOT / "workflow.md").read_text(encoding="utf-8").split("### Spot instances")[1]
         line = re.search(r"^    (for (?:.*\n)*?    done)$", chapter, re.MULTILINE)[1]
         flags = as_flags({k: v for k, v in self.settings.items() if k not in ("resume", "push_to_hub")})
         for written, here in (
