@@ -23,7 +23,7 @@ from support import cli, planning
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
 WORKFLOW = (ROOT / "workflow.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("*.md"))
-DOCUMENTS += [Path("support/README.md"), Path("pre_tokens/README.md")]
+DOCUMENTS += [Path("support/README.md"), Path("pre_tokens/README.md"), Path("benchmarks/recipes.md")]
 # Flags of other programs (torchrun, Docker, SLURM, pip, uv, pytest, git, lm_eval, llama.cpp, optimum-cli),
 # and those of scripts in benchmarks/ and tests/.
 OTHERS = {
