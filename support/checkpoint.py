@@ -5,8 +5,8 @@
         training_state.pt                                     optimizer state and step, for resuming
         SHA256SUMS                                            of all other files, for `sha256sum -c`
 
-A checkpoint is written to a folder with a temporary name, flushed to the disk, then renamed. Training waits
-only for a copy of the state in the host's memory; a `Writer` does the rest in the background.
+A checkpoint is written to a folder with a temporary name, flushed to the disk, then renamed. Training only
+waits for a copy of the state in host memory. A `Writer` does the rest in the background.
 """
 
 import contextlib
@@ -44,17 +44,17 @@ STATE_KEYS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buf
 
 
 def folder_of(out_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint after `step` optimizer steps."""
+    """Folder of the checkpoint after `step` optimizer steps."""
     return out_dir / FOLDER / f"step_{step:06d}"
 
 
 def step_of(folder: Path) -> int:
-    """The number of optimizer steps behind a checkpoint, from its folder's name."""
+    """Number of optimizer steps behind a checkpoint, from the name of its folder."""
     return int(STEP_FOLDER.fullmatch(folder.name)[1])
 
 
 def folders(out_dir: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
+    """List the checkpoints of a run, newest first."""
     found = [path for path in (out_dir / FOLDER).glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
@@ -64,7 +64,7 @@ def folders(out_dir: Path) -> list[Path]:
 
 @dataclass
 class Snapshot:
-    """What a checkpoint contains, in the host's memory: training can continue while it is written."""
+    """Content of a checkpoint in host memory, so that training can continue while it is written."""
 
     weights: dict[str, Tensor]
     config: "GPTConfig"
@@ -74,13 +74,13 @@ class Snapshot:
 def snapshot(model: nn.Module, training_state: dict[str, object]) -> Snapshot:
     """Copy a model and its training state.
 
-    training_state: tensors, numbers, strings, lists and dictionaries only, since nothing else is loaded.
+    training_state: only tensors, numbers, strings, lists and dictionaries, because nothing else is loaded.
     """
     return Snapshot(pretrained.copy_weights(model), model.config, _copied(training_state))
 
 
 def _copied(value: object) -> object:
-    """A deep copy with all tensors in the host's memory."""
+    """Deep copy with all tensors in host memory."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
@@ -92,7 +92,7 @@ class Writer:
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
-        self.written = -1  # the step of the newest that is on the disk
+        self.written = -1  # step of the newest checkpoint on the disk
         self.started = time.monotonic()
 
     def start(
@@ -104,7 +104,7 @@ class Writer:
         message: str,
         keep_also: Collection[Path] = (),
     ) -> None:
-        """Start to `save`; print `message` once the checkpoint is on the disk. `wait` before the next."""
+        """Start to `save`; print `message` once that is done. Call `wait` before the next checkpoint."""
         assert self.writing is None
         self.started = time.monotonic()
         self.writing = self.pool.submit(self._save, out_dir, step, state, keep, message, keep_also)
@@ -117,7 +117,7 @@ class Writer:
         print(message)
 
     def is_overdue(self, minutes: float) -> bool:
-        """True if the last checkpoint, or the start, is more than `minutes` ago (0: never)."""
+        """True if the last checkpoint is older than `minutes` (0: never)."""
         return 0 < minutes < (time.monotonic() - self.started) / 60
 
     def has_written(self, step: int) -> bool:
@@ -127,7 +127,7 @@ class Writer:
         return self.written == step
 
     def wait(self) -> UserError | None:
-        """Wait for the checkpoint that is being written, if any; returns why it could not be written."""
+        """Wait for the checkpoint that is being written, if any. Returns the error if that failed."""
         writing, self.writing = self.writing, None
         error = writing.exception() if writing else None
         if error is None or isinstance(error, UserError):
@@ -138,9 +138,9 @@ class Writer:
 def save(out_dir: Path, step: int, state: Snapshot, keep: int, keep_also: Collection[Path] = ()) -> Path:
     """Write the checkpoint of `step`, then remove all but the newest `keep` and the `keep_also`.
 
-    One of this step that is intact stays as it is. Those of later steps go too: a run that resumed before
-    them has found them damaged. Returns the folder.
-    Raises UserError if it cannot be written; then the earlier checkpoints are all still there.
+    An intact checkpoint of this step stays as it is. Those of later steps go too, because a run only resumes
+    before them if they are damaged. Returns the folder.
+    Raises UserError if it cannot be written; then all earlier checkpoints are still there.
     """
     folder = folder_of(out_dir, step)
     if not folder.exists() or first_intact([folder])[0] is None:
@@ -148,7 +148,7 @@ def save(out_dir: Path, step: int, state: Snapshot, keep: int, keep_also: Collec
     found = folders(out_dir)
     later = found.index(folder)
     for old in found[:later] + [old for old in found[later + keep :] if old not in keep_also]:
-        # Windows refuses while someone reads a file in it: the next checkpoint tries again.
+        # Windows refuses while someone reads a file in it. The next checkpoint tries again.
         with contextlib.suppress(PermissionError):
             _remove(old)
     return folder
@@ -172,7 +172,7 @@ def _write(folder: Path, state: Snapshot) -> None:
         for file in temporary.iterdir():
             flush_to_disk(file)
         flush_to_disk(temporary)
-    except (OSError, SafetensorError, RuntimeError) as error:  # each writer has its own for a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # each library raises its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: cannot be written ({reason}): free some space, then --resume") from error
@@ -180,7 +180,7 @@ def _write(folder: Path, state: Snapshot) -> None:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Give a complete checkpoint its name, in place of what may have that name already."""
+    """Give a complete checkpoint its name, replacing any other of that name."""
     make_folder(folder.parent)
     if folder.exists():
         _remove(folder)
@@ -188,14 +188,14 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def remove_unfinished(out_dir: Path) -> None:
-    """Remove half-written checkpoints left by a crash (best effort)."""
+    """Remove half-written checkpoints that a crash has left (best effort)."""
     for path in (out_dir / FOLDER).glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
     if not folder.is_symlink():
-        # Renamed first: a crash half-way must not leave a part under a checkpoint's name.
+        # Renamed first, so that a crash cannot leave a part under a checkpoint's name.
         hidden = folder.with_name(UNFINISHED + "old-" + folder.name)
         replace(folder, hidden)
         folder = hidden
@@ -203,9 +203,9 @@ def _remove(folder: Path) -> None:
 
 
 def remove_all(out_dir: Path) -> None:
-    """Remove a run's checkpoints, and their folder if nothing else is in it.
+    """Remove the checkpoints of a run, and their folder if it is empty then.
 
-    Where that is a link to a larger disk, the link stays.
+    A link in place of the folder, to a larger disk, stays.
     """
     remove_unfinished(out_dir)
     for folder in folders(out_dir):
@@ -233,7 +233,7 @@ def verify(folder: Path) -> None:
 
 
 def first_intact(candidates: Sequence[Path]) -> tuple[Path | None, list[str]]:
-    """The first checkpoint that is intact, None if there is none, and what is wrong with those before it."""
+    """Return the first intact checkpoint, or None, and the problems of those before it."""
     problems = []
     for folder in candidates:
         try:
@@ -245,9 +245,9 @@ def first_intact(candidates: Sequence[Path]) -> tuple[Path | None, list[str]]:
 
 
 def latest_intact(out_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is intact, None if there is none, and what is wrong with newer ones.
+    """Return the newest intact checkpoint, or None, and the problems of newer ones.
 
-    Raises UserError if there are checkpoints but not one of them is intact.
+    Raises UserError if there are checkpoints but none is intact.
     """
     newest, problems = first_intact(folders(out_dir))
     if newest is None and problems:
@@ -256,7 +256,7 @@ def latest_intact(out_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def warn_of_damage(problems: list[str], used: Path) -> None:
-    """Say on stderr which checkpoints are damaged and which one is used instead."""
+    """Warn on stderr about damaged checkpoints, and name the one that is used instead."""
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if problems:
@@ -267,12 +267,12 @@ def warn_of_damage(problems: list[str], used: Path) -> None:
 
 
 def fingerprint(s: "Settings", config: "GPTConfig", data: str) -> dict[str, object]:
-    """What the order of the data and the shape of the state depend on: a resumed run must have the same.
+    """Collect the facts that a resumed run must share, for the order of data and the shape of the state.
 
-    data: the fingerprint of the stream of training data.
+    data: fingerprint of the stream of training data.
     """
     names = ("sequence_length", "total_batch_size", "seed", "shuffle", "optimizer")
-    model = dataclasses.asdict(config) | {"padded_vocab_size": 0}  # as earlier checkpoints record it
+    model = dataclasses.asdict(config) | {"padded_vocab_size": 0}  # as in earlier checkpoints
     del model["dropout"]  # may change, like the learning rate
     return {"model": model, "data": data, **{name: getattr(s, name) for name in names}}
 
@@ -284,9 +284,10 @@ def restore(
     scaler: torch.amp.GradScaler,
     expected: dict[str, object],
 ) -> dict[str, float]:
-    """Load weights, optimizer and scaler states; returns the seconds that the run had taken until then.
+    """Load weights, optimizer and scaler states. Returns the seconds per activity of the run so far.
 
-    Raises UserError if the checkpoint is damaged, or of a run with another `fingerprint` than `expected`.
+    Raises UserError if the checkpoint is damaged, or belongs to a run with another `fingerprint` than
+    `expected`.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not on this machine: --out-dir must be on a disk that all machines share")
@@ -310,7 +311,7 @@ def restore(
 
 
 def load_training_state(folder: Path) -> dict[str, object]:
-    """What `save` was given as training_state, on the CPU. Raises UserError if it cannot be read."""
+    """Load the training state of a checkpoint on the CPU. Raises UserError if it cannot be read."""
     file = folder / TRAINING_STATE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -324,9 +325,9 @@ def load_training_state(folder: Path) -> dict[str, object]:
 
 
 def optimizer_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, object]:
-    """The optimizers' state by parameter name, without padding, so that it suits any padding.
+    """Return the state of the optimizers by parameter name, without padding rows.
 
-    Every process has to call it: the processes may each hold a share of the state.
+    Every process must call it, because each may hold a share of the state.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     rows = model.config.vocab_size
@@ -344,7 +345,7 @@ def optimizer_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
 def load_optimizer_state(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: dict[str, object]
 ) -> None:
-    """Restore what `optimizer_state` returned. Raises UserError if it is of another optimizer or model."""
+    """Restore an `optimizer_state`. Raises UserError if it belongs to another optimizer or model."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     if set(names.values()) != set(saved):
         raise UserError("training_state.pt: the state of another optimizer or model: start a new --out-dir")

@@ -1,4 +1,4 @@
-"""How every script parses its flags and reports a user's mistakes."""
+"""Parse the flags of a script, and report a user's mistakes in one line."""
 
 import argparse
 import contextlib
@@ -26,12 +26,12 @@ ENVIRONMENT_ERRORS = {
 
 
 class UserError(Exception):
-    """A mistake in a flag or an input file. The text names the flag or file, what is wrong, what to do."""
+    """A mistake in a flag or an input file. The text names the flag or file, the problem and the fix."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The finite numbers that a flag takes, noted beside its field; without a note, those of at least 0.
+    """The finite numbers that a flag accepts, noted beside its field. Without a note: all of at least 0.
 
     top_p: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
     """
@@ -60,11 +60,11 @@ Seed = Annotated[int, Bounds(at_least=0, below=2**63)]
 def parse(
     settings: type[T], description: str, default: T | None = None, args: Sequence[str] | None = None
 ) -> T:
-    """Fill the dataclass `settings` from the command line (from `args` rather than sys.argv, if given).
+    """Fill the dataclass `settings` from the command line (from `args` instead of sys.argv, if given).
 
-    A field's docstring is its help text; `default` holds the values of fields that no flag sets. The fields
-    of a nested dataclass become flags without a prefix, shown as a group of their own.
-    Raises UserError on a flag that does not parse, or a number out of its field's Bounds.
+    The docstring of a field is its help text. `default` holds the values of fields without a flag. Fields of
+    a nested dataclass become flags without a prefix, in a group of their own.
+    Raises UserError on a flag that does not parse, or a number out of its Bounds.
     """
     captured = io.StringIO()
     try:
@@ -101,21 +101,21 @@ def _check_bounds(settings: object) -> None:
 
 
 def given(name: str, args: Sequence[str] | None = None) -> str | None:
-    """The value of a flag on the command line, where it decides how the others are read; None without one."""
+    """Return the value of a flag on the command line, before the others are parsed; None without the flag."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", nargs="?")  # one without a value is left for `parse` to report
+    parser.add_argument(f"--{name}", nargs="?")  # `parse` reports a missing value
     return getattr(parser.parse_known_args(args)[0], name)
 
 
 def flag(name: str, value: object) -> str:
-    """A setting as the user types it: ("n_layer", 2) -> "--n-layer 2"."""
+    """Format a setting as the user types it: ("n_layer", 2) -> "--n-layer 2"."""
     return f"--{name.replace('_', '-')} {value}"
 
 
 def flags(values: Mapping[str, object]) -> list[str]:
-    """Settings as a command line: {"n_layer": 2, "resume": False} -> ["--n-layer", "2", "--no-resume"].
+    """Format settings as flags: {"n_layer": 2, "resume": False} -> ["--n-layer", "2", "--no-resume"].
 
-    One whose value is None is left out.
+    Settings whose value is None are left out.
     """
     found = []
     for name, value in values.items():
@@ -128,13 +128,13 @@ def flags(values: Mapping[str, object]) -> list[str]:
 
 
 def last_error(stderr: str) -> str:
-    """The message of a script that failed: the last line of its stderr."""
+    """Extract the error message of a script that failed: the last line of its stderr."""
     lines = stderr.strip().splitlines() or ["no message"]
     return lines[-1].removeprefix("error: ")
 
 
 class Unheard:
-    """A text stream whose reader may go away: whatever it cannot take is dropped.
+    """A text stream that drops output when its reader is gone.
 
     The terminal may close, the reader of a pipe may die, the disk under a log file may be full.
     """
@@ -143,7 +143,7 @@ class Unheard:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write as far as possible; returns the length of the text."""
+        """Write as much as possible. Returns the length of the text."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
             self.stream.write(text)
         return len(text)
@@ -160,36 +160,37 @@ class Unheard:
 def open_streams(must_finish: bool) -> None:
     """Make sys.stdin, sys.stdout and sys.stderr usable however this process was started.
 
-    Output is flushed line by line, so that a log file or `| tee` shows each line as it is printed; a console
-    that cannot show a character, such as one of Windows in cp1252, shows a ?.
+    Output is flushed line by line, so that a log file or `| tee` shows each line immediately. Characters that
+    the console cannot show, such as one of Windows in cp1252, become a ?.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started us, as by `>&-`, or pythonw
-            # It takes the closed stream's number: else the next file would, and C libraries print into it.
+        if getattr(sys, name) is None:  # closed by `>&-`, or under pythonw
+            # It takes the number of the closed stream. Otherwise the next file would, and C libraries print
+            # into it.
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream (%run) has no such method
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    # Nobody runs a script for its progress and warnings, so they may be lost. Its output may not.
+    # Progress and warnings may be lost, but the output of a script may not.
     for name in ("stdout", "stderr") if must_finish else ("stderr",):
         if not isinstance(getattr(sys, name), Unheard):
             setattr(sys, name, Unheard(getattr(sys, name)))
 
 
 def run(main: Callable[[], int | None], must_finish: bool = False) -> NoReturn:
-    """Call a script's `main` and exit with its status; a UserError is one line on stderr and status 2.
+    """Call the `main` of a script and exit with its status. A UserError is one line on stderr and status 2.
 
-    must_finish: keep working when nobody can read the output any more. Otherwise the script ends then.
+    must_finish: keep working when nobody can read the output any more; otherwise the script ends then.
     Ctrl-C exits with status 130 and no traceback.
     """
     open_streams(must_finish)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # scripts set it so while they import
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by launch.prepare
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+    except BrokenPipeError:  # the reader of our output has gone, such as `| head`
         _discard_output()
         sys.exit(1)
     except (UserError, OSError) as error:
@@ -199,8 +200,8 @@ def run(main: Callable[[], int | None], must_finish: bool = False) -> NoReturn:
             error.filename = "the disk" if must_finish else "standard output"
             _discard_output()
         if os.environ.get("RANK", "0") != "0":
-            # Under torchrun every rank hits the same mistake. Rank 0 reports it for all, and the launcher
-            # ends the others meanwhile; an error of this rank alone is still reported, a moment later.
+            # Under torchrun every rank makes the same mistake. Rank 0 reports it, and the launcher ends the
+            # others meanwhile. An error of this rank alone is still reported, a moment later.
             time.sleep(2)
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         print(f"error: {text}", file=sys.stderr, flush=True)
@@ -208,5 +209,5 @@ def run(main: Callable[[], int | None], must_finish: bool = False) -> NoReturn:
 
 
 def _discard_output() -> None:
-    """Send what is still buffered nowhere: the interpreter's own flush at its exit would fail again."""
+    """Send buffered output nowhere, because the interpreter's own flush at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Checks that torch.compile works on this machine, and says how to mend it if it does not."""
+"""Check that torch.compile works on this machine, and explain how to fix it if not."""
 
 import importlib.util
 import os
@@ -14,21 +14,20 @@ TRITON_NEEDS = (7, 0)  # the lowest compute capability that it compiles for
 
 
 def on_by_default(device: str) -> bool:
-    """True if --compile is on by default for this --device: on a CUDA GPU that it supports."""
+    """True if --compile is on by default for this --device: a CUDA GPU that it supports."""
     return _is_on_cuda(device) and _why_not(device) == ""
 
 
 def check(compiled: bool, device: str) -> None:
-    """Raise UserError if --compile cannot work on this --device. Takes no time: see `try_out`."""
+    """Raise UserError if --compile cannot work on this --device. Takes no time, unlike `try_out`."""
     if compiled and _is_on_cuda(device) and (reason := _why_not(device)):
         raise UserError(f"--compile: {reason}")
 
 
 def try_out(rt: Runtime) -> None:
-    """Compile something trivial on every process's device.
+    """Compile a trivial function on the device of every process. Raises UserError if that fails on any.
 
-    Raises UserError if that fails on any. Without this the first thing to fail would be a validation, which
-    may fail without ending the run.
+    Without this the first failure would be in a validation, which may fail without ending the run.
     """
 
     def attempt() -> None:
@@ -44,7 +43,7 @@ def try_out(rt: Runtime) -> None:
 
 
 def _why_not(device: str) -> str:
-    """What stands in the way of torch.compile on this --device, and what to do; empty if nothing does."""
+    """Return why torch.compile cannot work on this --device, and the fix; empty if it can."""
     if not _has_triton():
         return (
             "needs Triton, which comes with torch on Linux only: --no-compile, or on Windows use WSL, or "
@@ -52,7 +51,7 @@ def _why_not(device: str) -> str:
         )
     index = device.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")
     if not index.isdigit() or int(index) >= torch.cuda.device_count():
-        return ""  # no such device: an error of its own, later
+        return ""  # no such device: reported elsewhere
     capability = torch.cuda.get_device_capability(int(index))
     if torch.version.hip is None and capability < TRITON_NEEDS:  # ROCm has other numbers
         have = f"sm_{capability[0]}{capability[1]}"
@@ -61,17 +60,16 @@ def _why_not(device: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What an error of torch.compile says, in one line, without torch's hints for its own developers."""
+    """Shorten an error of torch.compile to one line, without hints for torch's developers."""
     text = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]
-    # From torch's worker processes comes the text of a traceback, whose frames are indented; from a compiler
-    # its whole command.
+    # torch's worker processes send a traceback, whose frames are indented; compilers, their whole command.
     lines = [line for line in text.splitlines() if not line.startswith((" ", "Traceback"))]
     lines = [line for line in lines if re.search("error|fatal", line, re.IGNORECASE)] or lines
     return textwrap.shorten(" ".join(lines), 300, placeholder=" …") or type(error).__name__
 
 
 def _fix(error: Exception) -> str:
-    """What to do where compiling fails with this error."""
+    """Suggest a fix for an error of torch.compile."""
     if "[Errno" in str(error):
         return "see that TORCHINDUCTOR_CACHE_DIR (or the temporary folder) has space and can be written"
     if re.search(r"compiler|compile error|Python\.h|exit status|gcc|clang|g\+\+", str(error), re.IGNORECASE):

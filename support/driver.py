@@ -1,4 +1,4 @@
-"""Why torch cannot use an NVIDIA GPU that is there: its driver, the CUDA of this torch, and the way out."""
+"""Explain why torch cannot use an NVIDIA GPU that is there: its driver, or the CUDA of this torch."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ TURING = (7, 5)
 
 
 def check_found(device: str) -> None:
-    """Where torch finds no CUDA device: raise UserError if there is an NVIDIA GPU. device: as in --device."""
+    """Raise UserError if torch finds no CUDA device but there is an NVIDIA GPU. device: as in --device."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return  # hidden on purpose
     driver = nvidia_driver()
@@ -48,7 +48,7 @@ def check_found(device: str) -> None:
 
 
 def check_architecture(device: torch.device) -> None:
-    """Raise UserError if torch was built without code for this CUDA device's architecture."""
+    """Raise UserError if torch has no code for the architecture of this CUDA device."""
     if torch.version.cuda is None:  # ROCm has names of its own
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -71,16 +71,19 @@ def runs(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def install(cuda_major: int) -> str:
-    """The command for the same torch built for another CUDA; with the suffix pip replaces what is there."""
+    """Return the pip command for the same torch built for another CUDA.
+
+    With the suffix, pip replaces the installed one.
+    """
     wheel = WHEELS[cuda_major]
     version = torch.__version__.split("+")[0]
     return f"pip install torch=={version}+{wheel} --index-url https://download.pytorch.org/whl/{wheel}"
 
 
 def nvidia_driver(root: Path = Path("/")) -> str | None:
-    """The version of NVIDIA's driver ("535.183.01") on a machine with a GPU of theirs, else None."""
+    """Return the version of NVIDIA's driver ("535.183.01"), or None on a machine without a GPU of theirs."""
     text = ""
-    # Not /proc alone: a container sees the host's, whether it was given a GPU or not.
+    # Not only /proc, because a container sees the host's even without a GPU.
     if any((root / "dev").glob("nvidia[0-9]*")):
         with contextlib.suppress(OSError):
             text = (root / "proc/driver/nvidia/version").read_text()

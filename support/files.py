@@ -1,7 +1,7 @@
 """Files and folders on disk: replaced atomically, flushed, hashed, locked, removed.
 
-Network disks, folders shared with a virtual machine and the layers of a container do not support all of it.
-There we leave out what is only a precaution.
+Network disks, folders shared with a virtual machine and container layers do not support everything. There we
+skip what is only a precaution.
 """
 
 import errno
@@ -17,15 +17,14 @@ from filelock import FileLock, Timeout
 
 from support.cli import UserError
 
-# How a file system says that it lacks an operation, as opposed to an operation that has failed.
+# Errors of file systems that lack an operation, as opposed to an operation that failed.
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EBADF}
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Replace a file's contents at once: a reader or a crash finds the old ones or the new, never a part.
+    """Replace the contents of a file: a reader or a crash finds the old ones or the new, never a part.
 
-    The new contents are on the disk itself when this returns; text in the same bytes on every system, without
-    line ends translated.
+    Returns once the new contents are on the disk. Text is UTF-8 on every system, with unchanged line ends.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
@@ -36,16 +35,16 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    """Replace a JSON file at once, indented for people to read."""
+    """Replace a JSON file atomically, indented for people to read."""
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def replace(source: Path, target: Path) -> None:
-    """Give a flushed file or folder its name, in place of any other; returns once the name is on the disk.
+    """Give a flushed file or folder its name, replacing any other. Returns once the name is on the disk.
 
-    Windows refuses while anyone has the file open, such as a virus scanner that looks at every new one: tries
-    again for about a second before it raises PermissionError. Where a name cannot be changed, as that of a
-    folder in a lower layer of a container, copies the contents, of which a crash may leave a part.
+    Windows refuses while anyone has the file open, such as a virus scanner. So it tries again for about a
+    second before it raises PermissionError. If a name cannot be changed, such as that of a folder in a lower
+    container layer, it copies the contents, and a crash may leave a part of them.
     """
     for wait in (0.05, 0.1, 0.2, 0.4, 0.8, None):
         try:
@@ -74,7 +73,7 @@ def _move_by_copying(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link, but never what a link leads to."""
+    """Remove a file, a folder with its contents, or a link, but never the target of a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -82,7 +81,7 @@ def remove(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder, and those above it, where they are missing; returns once they are on the disk."""
+    """Create a folder and its missing parents. Returns once they are on the disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
@@ -90,9 +89,9 @@ def make_folder(folder: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's or a folder's contents are on the disk itself.
+    """Wait until the contents of a file or folder are on the disk.
 
-    Windows does not open folders, and flushes only files that are open for writing.
+    Windows cannot open folders, and only flushes files that are open for writing.
     """
     is_folder = path.is_dir()
     try:
@@ -108,7 +107,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def fsync(handle: int) -> None:
-    """Wait until an open file is on the disk itself, if its disk can tell."""
+    """Wait until an open file is on the disk, if its disk supports that."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -117,16 +116,13 @@ def fsync(handle: int) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raise UserError if the path is anything but a file: opening a named pipe would wait for a writer.
-
-    Where there is nothing, the error is left to whoever opens it.
-    """
+    """Raise UserError if the path is a folder, a pipe or a device. Opening a pipe would wait for ever."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file, but a folder, a pipe or a device: move it away")
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's contents, in hexadecimal. Raises UserError if it is not a regular file."""
+    """Hash a file with SHA-256, in hexadecimal. Raises UserError if it is not a regular file."""
     check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -136,10 +132,10 @@ def sha256_of(path: Path) -> str:
 
 
 def lock_folder(folder: Path, wait: bool = False) -> FileLock | None:
-    """Lock a folder, across processes and machines that share the disk; None if another process has it.
+    """Lock a folder across processes and machines that share the disk; None if another process has it.
 
-    The lock lasts until it is released, garbage-collected, or its process ends in any way. With `wait`,
-    blocks until the folder is free. Where the disk cannot lock, warns and returns a lock that holds nothing.
+    The lock lasts until it is released or garbage-collected, or its process ends in any way. `wait` blocks
+    until the folder is free. If the disk cannot lock, warns and returns a lock that holds nothing.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -155,7 +151,7 @@ def lock_folder(folder: Path, wait: bool = False) -> FileLock | None:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """True if a file is the pointer that a clone without Git LFS has in its place."""
+    """True if a file is a Git LFS pointer, which a clone without Git LFS contains."""
     start = b"version https://git-lfs.github.com/spec/v1"
     try:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs: peak rate, memory and link of each, for MFU and for --plan."""
+"""NVIDIA's GPUs: peak rate, memory and link of each, for MFU and --plan."""
 
 import re
 from typing import NamedTuple
@@ -13,13 +13,13 @@ class GPU(NamedTuple):
 
     @property
     def plan_name(self) -> str:
-        """The name for --plan: "RTX4090-24GB"."""
+        """Name for --plan: "RTX4090-24GB"."""
         return f"{self.model.replace(' ', '')}-{self.memory_gb}GB"
 
 
-# Data sheets often give the rate with sparsity, twice the one without. GeForce cards accumulate in fp32 at
-# half of the rate at which they accumulate in fp16, the advertised one. P100 and GTX 1650 have no matrix
-# units: their 16-bit products that accumulate in fp32 run at the fp32 rate.
+# Data sheets often give the rate with sparsity, which is twice as high. GeForce cards accumulate in fp32 at
+# half of the advertised rate, which is for fp16. P100 and GTX 1650 have no matrix units, so their 16-bit
+# products that accumulate in fp32 run at the fp32 rate.
 GPUS = (
     GPU("B300", 2250, 288, 900, "HGX B300 data sheet"),
     GPU("GB300", 2500, 288, 900, "GB300 NVL72 data sheet"),
@@ -63,15 +63,15 @@ GPUS = (
     GPU("GTX 1650", 2.98, 4, 16, "GeForce GTX 1650 specifications: 896 cores at 1665 MHz, 2 operations each"),
 )
 
-# Words for another card, or for a part of one, than the same name without them.
+# Words that make a name mean another card, or a part of one.
 VARIANTS = {"ti", "super", "d", "laptop", "mobile", "max", "mig"}
 
 
 def find(device_name: str) -> GPU | None:
-    """The GPU that a device's name ("NVIDIA A100-SXM4-80GB") means: the longest match by whole words.
+    """Find the GPU behind a device name ("NVIDIA A100-SXM4-80GB"): the longest match by whole words.
 
-    None if there is none, or a variant that the table lacks, such as "RTX 4070 Laptop GPU". Of a card with
-    several sizes of memory the first is returned: their rates are equal.
+    None if there is no match, or only a variant that the table lacks, such as "RTX 4070 Laptop GPU". If a
+    card has several memory sizes, returns the first, because their rates are equal.
     """
     words = _words(device_name)
     found = [gpu for gpu in GPUS if _contains(words, _words(gpu.model))]

@@ -17,9 +17,9 @@ from support.loss import default_chunks
 from support.pretrained import is_block_matrix
 from support.runtime import Runtime
 
-# Free memory that the search for the micro-batch leaves to fragments, kernels and compiled code.
+# Fraction of free memory that the search for the micro-batch leaves for fragments, kernels and compiled code.
 SPARE = 0.05
-# How cuBLAS and cuDNN say that memory is missing, in a plain RuntimeError.
+# RuntimeErrors of cuBLAS and cuDNN that mean missing memory.
 OUT_OF_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -29,7 +29,7 @@ OUT_OF_MEMORY = (
 
 
 def describe(rt: Runtime) -> dict[str, object]:
-    """What the run's record says about the machine."""
+    """Describe the machine for config.json."""
     if rt.device.type == "cuda":
         properties = torch.cuda.get_device_properties(rt.device)
         name, memory = properties.name, properties.total_memory
@@ -62,15 +62,15 @@ def _ram_bytes() -> int:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak memory of this process in bytes: of the GPU's, or resident on a CPU. None: cannot be measured.
+    """Peak memory of this process in bytes: GPU memory, or resident memory on a CPU. None: unknown.
 
-    On MPS what the driver has given out so far, most of which torch keeps for reuse.
+    On MPS: the memory that the driver has allocated so far, most of which torch keeps for reuse.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    # Not ru_maxrss, where Linux lists it: a new process begins with the peak of the one that started it.
+    # On Linux not ru_maxrss, because a new process inherits the peak of its parent.
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         for line in file:
             if line.startswith("VmHWM:"):
@@ -83,18 +83,18 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def gigabytes(memory: float | None) -> str:
-    """A measured number of gigabytes for a person to read."""
+    """Format a measured number of gigabytes as text."""
     return "not measured" if memory is None else f"{memory:.2f} GB"
 
 
 def attention_backend(
     rt: Runtime, n_head: int, head_size: int, sequence_length: int, dropout: float = 0.0
 ) -> str:
-    """The kernel that scaled_dot_product_attention picks for these shapes: flash, cudnn, efficient, math.
+    """Return scaled_dot_product_attention's kernel for these shapes: flash, cudnn, efficient, math.
 
     torch decides by device, precision and versions. On H100 and B200: cuDNN with torch 2.9, flash with 2.10,
-    cuDNN from 2.11 on if it is newer than 9.15, as in the wheels for CUDA 13. On other GPUs flash from Ampere
-    on, and efficient before. On CPUs flash, with dropout math, which stores the probabilities.
+    and cuDNN again from 2.11 if it is newer than 9.15, as in the wheels for CUDA 13. On other GPUs: flash
+    from Ampere on, efficient before. On CPUs: flash, or with dropout math, which stores the probabilities.
     """
     if rt.device.type not in ("cpu", "cuda"):
         return "default"
@@ -105,18 +105,18 @@ def attention_backend(
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's peak rate of matrix products in FLOP/s, by its data sheet: an MFU of 100 %.
+    """Peak rate of matrix products in FLOP/s by the data sheet of the device: an MFU of 100 %.
 
-    None for a device that is not in the table of GPUs, and for fp32, which has no matrix units of its own.
+    None for a device that our table of GPUs lacks, and for fp32, which has no matrix units.
     """
     gpu = gpus.find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return gpu.tflops * 1e12 if gpu and dtype != torch.float32 else None
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of a few large matrix products, in FLOP/s. Takes a fraction of a second.
+    """Measure the best rate of a few large matrix products, in FLOP/s. Takes a fraction of a second.
 
-    What this moment has to give: on a machine with other work, a later moment may give more.
+    On a machine with other work, a later moment may be faster.
     """
     n = 1024 if device.type == "cpu" else 4096
     a = torch.randn(n, n, device=device, dtype=dtype)
@@ -134,13 +134,13 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 def refuse_long_runs_on_cpu(device: str, flops: float, rt: Runtime) -> None:
     """Raise UserError if --device auto chose the CPU for more than 6 hours of work, `flops` at its peak rate.
 
-    It guards against starting a run meant for a GPU on a CPU by accident.
+    This prevents starting a run for a GPU on a CPU by accident.
     """
     if device != "auto" or rt.device.type != "cpu":
         return
 
     def check() -> None:
-        # The processes on a machine share its cores: eight of them on two cores do the work of two.
+        # Processes on a machine share its cores: eight of them on two cores do the work of two.
         threads = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         share = min(1.0, (os.cpu_count() or 1) / threads)
         days = flops / (measured_flops(rt.device, rt.dtype) * rt.world_size * share) / 86_400
@@ -151,14 +151,14 @@ def refuse_long_runs_on_cpu(device: str, flops: float, rt: Runtime) -> None:
                 "--device cpu if you mean it, --preset demo for a model that a CPU can train"
             )
 
-    rt.run_on(rt.is_main, check)  # one process measures: all must come to the same answer
+    rt.run_on(rt.is_main, check)  # only one process measures, so that all get the same answer
 
 
 def attention_for_many_shapes(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The context for attention whose shapes keep changing, as in sampling and HellaSwag.
+    """Return the context for attention whose shapes keep changing, as in sampling and HellaSwag.
 
-    On Hopper and Blackwell torch prefers cuDNN's attention, which prepares a plan for every new shape: well
-    spent on training's one shape, and tens to hundreds of milliseconds lost on each of these.
+    On Hopper and Blackwell torch prefers cuDNN's attention, which prepares a plan for every new shape. That
+    pays for the one shape of training, but costs tens to hundreds of milliseconds for each of these.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
@@ -166,10 +166,10 @@ def attention_for_many_shapes(device: torch.device) -> contextlib.AbstractContex
 
 
 def avoid_faulty_attention(sequence_length: int, dropout: float) -> None:
-    """Keep training away from cuDNN's attention where it is wrong or may crash. For the whole process.
+    """Disable cuDNN's attention for this process if it is wrong or may crash.
 
-    Before torch 2.10 its backward may read beyond its memory on Hopper and Blackwell, where the length is no
-    multiple of 128 (pytorch/pytorch#169849); before 2.12 it rounds the rate of dropout to sixteenths
+    Before torch 2.10 its backward may read beyond its memory on Hopper and Blackwell, unless the length is a
+    multiple of 128 (pytorch/pytorch#169849). Before 2.12 it rounds the dropout rate to sixteenths
     (pytorch/pytorch#174245).
     """
     version = runtime.torch_version()
@@ -178,7 +178,7 @@ def avoid_faulty_attention(sequence_length: int, dropout: float) -> None:
 
 
 def without_cudnn(device: torch.device) -> str:
-    """The variable that keeps torch away from cuDNN's attention; empty where torch would not prefer it."""
+    """Return the variable that keeps torch away from cuDNN's attention; empty if torch does not prefer it."""
     if (
         device.type != "cuda"
         or torch.version.hip
@@ -190,7 +190,7 @@ def without_cudnn(device: torch.device) -> str:
 
 
 def largest_power_of_two(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest power of two, at most `limit`, that `fits`; 0 if not even 1 does. Tries upwards from 1."""
+    """Return the largest power of two, at most `limit`, that `fits`; 0 if 1 does not. Tries from 1 up."""
     size = 1
     while size <= limit and fits(size):
         size *= 2
@@ -212,7 +212,7 @@ def largest_micro_batch(
         return largest_power_of_two(lambda B: B == 1 or B * sequence_length <= 2048, limit)
 
     reserve = _state_floats(model, optimizer, rt.world_size)
-    # Windows spills into host memory instead of failing, so what the driver calls free is the bound.
+    # Windows spills into host memory instead of failing, so we stay within the driver's free memory.
     usable = (1 - SPARE) * (torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device))
 
     def fits(B: int) -> bool:
@@ -232,10 +232,10 @@ def largest_micro_batch(
 
 
 def _state_floats(model: nn.Module, optimizer: str, world_size: int) -> int:
-    """Floats that a step needs besides weights, gradients and activations.
+    """Count the floats that a step needs besides weights, gradients and activations.
 
-    AdamW has two moments per parameter, Muon one per parameter of the blocks' matrices, which several
-    processes share: what that saves is left to its step. DDP has buckets for all gradients besides those that
+    AdamW has two moments per parameter, Muon one per parameter of the blocks' matrices. Muon shares them
+    among processes, but its step uses what that saves. DDP has buckets for all gradients besides those that
     accumulate before the last micro-batch.
     """
     floats = 0
@@ -255,11 +255,11 @@ def _fits(
     usable: float,
     rt: Runtime,
 ) -> bool:
-    """Whether forward and backward of `micro_steps` micro-batches of B sequences fit into `usable` bytes.
+    """True if forward and backward of `micro_steps` micro-batches of B sequences fit into `usable` bytes.
 
-    With `reserve` floats held, and in the second micro-batch the gradients of the first, as in training.
+    As in training, `reserve` floats are held, and the second micro-batch holds the gradients of the first.
     """
-    torch.cuda.empty_cache()  # what is reserved afterwards is what this trial needed
+    torch.cuda.empty_cache()  # so that the reserved memory is that of this trial
     chunks = loss_chunks or default_chunks(B * sequence_length, rt.device)
     try:
         reserved = torch.empty(reserve, device=rt.device)

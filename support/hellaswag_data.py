@@ -1,8 +1,8 @@
-"""HellaSwag's published validation examples: fetched once, from GitHub or from the Hub, and read.
+"""HellaSwag's published validation examples: fetch them once, from GitHub or the Hub, and read them.
 
-GitHub has the authors' file. The Hub has a copy of it as parquet, with the same rows, but for labels as text;
-HF_ENDPOINT names a mirror of the Hub, for those who cannot reach GitHub. Each is one file that never changes,
-checked by its hash: the number of rows and what is in them are the same wherever they are from.
+GitHub has the authors' file. The Hub has a copy as parquet with the same rows, except that labels are text.
+HF_ENDPOINT names a mirror of the Hub for those who cannot reach GitHub. Each file never changes and is
+verified by its hash.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ GITHUB = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellasw
 HUB = {
     "repo_id": "Rowan/hellaswag",
     "filename": "data/validation-00000-of-00001.parquet",
-    # The commit, not the name of a branch, whose file may be written anew.
+    # A commit, because the file of a branch may change.
     "revision": "218ec52e09a7e7462a5400043bb9a69a41d06b76",
 }
 SHA256 = {
@@ -29,12 +29,12 @@ SHA256 = {
 
 BY_HAND = "name a copy of either file with --data (in training --hellaswag-data)"
 
-# Seconds to connect, read, write and wait for a connection: a host that a firewall blocks may never answer.
+# Seconds to connect, read, write and wait for a connection, because a blocked host may never answer.
 TIMEOUT = (10, 60, 60, 10)
 
 
 def fetch() -> Path:
-    """The file of all examples, on the disk; fetched first if it is not there yet.
+    """Return the path of the file with all examples, after fetching it if it is not on the disk.
 
     Tries GitHub, then the Hub; a mirror of the Hub comes before GitHub.
     Raises UserError if neither has the file, or if the one on the disk is damaged.
@@ -72,7 +72,7 @@ def _fetch() -> Path:
             problems.append(str(error))
             continue
         files.make_folder(FOLDER)
-        lock = files.lock_folder(FOLDER, wait=True)  # machines that share the disk fetch it at the same time
+        lock = files.lock_folder(FOLDER, wait=True)  # machines that share the disk may fetch at the same time
         try:
             files.write_atomically(FOLDER / name, content)
         finally:
@@ -85,17 +85,17 @@ def _fetch() -> Path:
 
 
 def _download(name: str, url: str) -> bytes:
-    """The file at an address. Raises UserError if it cannot be fetched, or is another one."""
+    """Download a file. Raises UserError if that fails, or if the content is not the published one."""
     from huggingface_hub.utils import build_hf_headers, get_session
 
     try:
-        # GitHub does without the token, and must not see it.
+        # GitHub needs no token, and must not see it.
         headers = {} if url == GITHUB else build_hf_headers(token=hub.token())
-        # The Hub's client rather than urllib, which finds no certificates in python.org's Python for macOS.
+        # Not urllib, which finds no certificates in python.org's Python for macOS.
         response = get_session().get(url, headers=headers, timeout=TIMEOUT)
     except UserError as error:
         raise UserError(f"{url} ({error})") from error
-    except Exception as error:  # whatever it is: training goes on without HellaSwag
+    except Exception as error:  # whatever it is, training continues without HellaSwag
         raise UserError(f"{url} ({hub.way_reason(error)})") from error
     if response.is_success:
         problem = _difference(name, response.content)
@@ -107,7 +107,7 @@ def _download(name: str, url: str) -> bytes:
 
 
 def _difference(name: str, content: bytes) -> str:
-    """What is wrong with the contents of a file; empty if they are the published ones."""
+    """Describe how the content of a file differs from the published one; empty if it does not."""
     digest = hashlib.sha256(content).hexdigest()
     if digest == SHA256[name]:
         return ""
@@ -115,7 +115,7 @@ def _difference(name: str, content: bytes) -> str:
 
 
 def read(path: Path) -> list[str]:
-    """The lines of a file of examples, blank ones too; of a .parquet, what they would be in a .jsonl.
+    """Read the lines of a file of examples, blank ones too. A .parquet is turned into the lines of a .jsonl.
 
     Raises OSError, UnicodeDecodeError, or UserError if it cannot be read.
     """

@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: the way there, its errors in a user's words, and retries of those that go away.
+"""The Hugging Face Hub: check the way there, translate its errors, and retry those that go away.
 
 Everything that needs the Hub happens within `user_errors`, which checks the environment first. Some variables
-break the import of the client, so that belongs there too.
+break the import of the client, so that import belongs there too.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The client's base class of everything that can go wrong with a request: httpx's, or httpx2's from version 2.
+# Base class of all errors of a request: httpx's, or httpx2's from version 2 of the client.
 HTTPError = HfHubHTTPError.__bases__[0]
-CONFLICTS = (409, 412)  # someone else has committed in the meantime
+CONFLICTS = (409, 412)  # someone else has committed meanwhile
 SERVER_ERRORS = (500, 502, 503, 504)
 RETRYABLE = (408, 429, *SERVER_ERRORS)
 MAX_WAIT = 300  # seconds; the Hub counts requests over windows of five minutes
@@ -39,7 +39,7 @@ CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 TIMEOUTS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 TOKEN = re.compile(r"[\w.~+/-]+=*", re.ASCII)  # all that may follow "Bearer " (RFC 6750)
-# The address of a repository's page, in that of a request about it.
+# Matches the address of a repository's page within that of a request.
 PAGE = re.compile(
     r"(https?://[^/]+)(?:/api)?(?:/models)?"
     r"((?:/datasets)?/[^/?]+(?:/(?!(?:resolve|revision|tree)/)[^/?]+)?)"
@@ -47,19 +47,19 @@ PAGE = re.compile(
 
 
 class NoWay(UserError):
-    """This machine's environment stops the client: retries do not help before someone mends it."""
+    """This machine's environment stops the client, so retries are useless until someone fixes it."""
 
 
 # ---------------------------------------------------------------- the way there
 
 
 def check_environment() -> None:
-    """Raise NoWay if the environment leaves no way to the Hub; correct what can only mean one thing."""
+    """Raise NoWay if the environment leaves no way to the Hub. Corrects what can only mean one thing."""
     for name, value in list(os.environ.items()):
         if name.startswith("HF_") and not value.strip():
-            del os.environ[name]  # from a container that passes on what is not set
+            del os.environ[name]  # set empty by a container
         elif name.upper() in PROXIES and value.lower().startswith("socks://"):
-            os.environ[name] = "socks5" + value[len("socks") :]  # GNOME writes SOCKS 5 so
+            os.environ[name] = "socks5" + value[len("socks") :]  # GNOME's spelling of SOCKS 5
     for name in TIMEOUTS:
         try:
             int(os.environ.get(name, "0"))
@@ -73,7 +73,7 @@ def check_environment() -> None:
     try:
         from huggingface_hub import get_session
 
-        get_session()  # creates the client of all requests, with the proxies and certificates it is to use
+        get_session()  # creates the client, with its proxies and certificates
     except Exception as error:
         names = _set(*CERTIFICATES) if isinstance(error, OSError) else _set(*PROXIES, "NO_PROXY")
         names = names or "the system's settings"
@@ -89,12 +89,12 @@ def _is_address(text: str) -> bool:
 
 
 def _set(*names: str) -> str:
-    """Those of these variables that are set, as the environment writes them."""
+    """Name those of these variables that are set, as spelled in the environment."""
     return ", ".join(name for name, value in os.environ.items() if name.upper() in names and value)
 
 
 def token() -> str | None:
-    """The user's token, None without one. Raises UserError if it cannot be read, or is no token."""
+    """Return the user's token, or None. Raises UserError if it cannot be read, or is not a token."""
     check_environment()
     from huggingface_hub import constants, get_token
 
@@ -115,7 +115,7 @@ def require_token(what: str) -> None:
 
 
 def check_name(what: str, repo_id: str) -> None:
-    """Raise UserError unless this can name a repository to write to. For reading, some names have no user."""
+    """Raise UserError unless this can name a repository to write to. To read, some names have no user."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
         raise UserError(f"{what}: not of the form USER/NAME: give the user or organization, and the name")
 
@@ -127,9 +127,9 @@ def check_name(what: str, repo_id: str) -> None:
 def user_errors(
     what: str, when_unreachable: str = "try again later", when_busy: str = "run the same command again"
 ) -> Iterator[None]:
-    """Turn the Hub's errors into a UserError that starts with `what`: a flag and its value, or a file.
+    """Turn errors of the Hub into a UserError that starts with `what`: a flag and its value, or a file.
 
-    when_unreachable, when_busy: what to do without a network, and about errors that go away. No message
+    when_unreachable, when_busy: the advice without a network, and for errors that go away. No message
     contains the token. Checks the environment and the token first.
     """
     token()
@@ -141,7 +141,7 @@ def user_errors(
 def translated_errors(
     what: str, when_unreachable: str = "try again later", when_busy: str = "run the same command again"
 ) -> Iterator[None]:
-    """`user_errors` for files that may be on the Hub or on this disk: it checks nothing first."""
+    """`user_errors` without the checks, for files that may be on the Hub or on this disk."""
     try:
         yield
     except UserError:
@@ -171,7 +171,7 @@ def translated_errors(
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """An error, what it was raised from, and so on: the client wraps some errors in others."""
+    """List an error and the chain of errors that caused it. The client wraps some errors in others."""
     found = []
     while error is not None:
         found.append(error)
@@ -180,24 +180,24 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def _is_from_client(error: BaseException) -> bool:
-    """True if the error was raised beneath a call of the Hub's client: the rest are bugs of this project."""
+    """True if the Hub's client raised the error. Others are bugs of this project."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__", "").startswith("huggingface_hub") for frame, _ in frames)
 
 
 def reason(error: BaseException) -> str:
-    """An error as part of a line: its type and its first line."""
+    """Shorten an error to its type and its first line."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
 def way_reason(error: BaseException) -> str:
-    """The `reason` of a failed request, and which variables decided where it went."""
+    """`reason` of a failed request, and the variables that decided where it went."""
     names = _set("HF_ENDPOINT", *PROXIES)
     return f"{reason(error)}; set: {names}" if names else reason(error)
 
 
 def refusal(response: "Response", when_busy: str = "run the same command again") -> str:
-    """What an answer of the Hub with an error means, and what to do about it."""
+    """Explain an error status of the Hub, with advice."""
     return f"HTTP {response.status_code}: {_advice(response, when_busy)}"
 
 
@@ -222,7 +222,7 @@ def _advice(response: "Response", when_busy: str) -> str:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """True if an error is likely to go away: no network or a busy Hub, but not a bad token."""
+    """True if an error is likely to go away, such as no network or a busy Hub, but not a bad token."""
     causes = _causes(error)
     for cause in causes:
         if isinstance(cause, HfHubHTTPError):
@@ -231,9 +231,9 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def with_retries(call: Callable[[], T], tries: int = 5, retry_on: tuple[int, ...] = RETRYABLE) -> T:
-    """The result of `call`, repeated while the Hub answers with a status that tends to go away.
+    """Return the result of `call`, repeating it while the Hub answers with a status that tends to go away.
 
-    Waits as long as the Hub's Retry-After asks, else 1, 2, 4, … seconds.
+    Waits for the seconds of the Hub's Retry-After header, otherwise 1, 2, 4, … seconds.
     """
     for attempt in range(tries):
         try:

@@ -1,4 +1,4 @@
-"""LayerNorm for a model compiled for a GPU: backward gets its input, not its normalised states."""
+"""LayerNorm for compiled GPU models: backward reads its input instead of its normalised output."""
 
 import torch
 from torch import Tensor, nn
@@ -7,16 +7,16 @@ from torch.utils.checkpoint import checkpoint
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over the last dimension (Ba et al. 2016), to the bit, with less memory traffic.
+    """`nn.LayerNorm` over the last dimension (Ba et al. 2016), bit for bit, with less memory traffic.
 
-    Left to itself, torch.compile writes the normalised states to memory for backward, and the residual stream
-    they come from for the next layers. Here only the residual stream is written: backward normalises it
-    again, within the kernel that needs the result. For GPT-2 124M and 65,536 tokens that saves 4.5 of 192 GB
-    of traffic per micro-step (counted).
+    By default, torch.compile writes the normalised states to memory for backward, and the residual stream for
+    the next layers. Here it only writes the residual stream, which backward normalises again within the
+    kernel that needs the result. For GPT-2 124M and 65,536 tokens that saves 4.5 of 192 GB of traffic per
+    micro-step (counted).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) -> the same shape; fp32 under autocast."""
+        """Normalise x (..., C). The result has the same shape, and is fp32 under autocast."""
         compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
         if compiled and x.device.type == "cuda" and x.dtype == torch.float32:
             return layer_norm(x, self.weight, self.bias, self.eps)
@@ -24,7 +24,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """x (..., C), weight and bias (C,), fp32 -> (..., C). To be compiled, which makes one kernel of it."""
+    """Normalise x (..., C) with weight and bias (C,), fp32. Compiles to one kernel."""
     # Outside of `checkpoint`: computed again in backward, they would cost another pass over x. Without a
     # gradient of their own: _Normalise's is LayerNorm's whole gradient.
     with torch.no_grad():
@@ -35,13 +35,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) / std · weight + bias, with the gradient of LayerNorm, in which mean and std depend on x."""
+    """(x - mean) / std · weight + bias, with the gradient of LayerNorm, where mean and std depend on x."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        """x (..., C), mean and rstd (..., 1), weight and bias (C,) -> (..., C)."""
+        """Normalise x (..., C) with mean and rstd (..., 1), weight and bias (C,) -> (..., C)."""
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return (x - mean) * rstd * weight + bias
 

@@ -1,4 +1,4 @@
-"""A linear layer that is fast for few rows on a CPU, and weights cast to 16 bits once: both for sampling."""
+"""For sampling: a linear layer that is fast for few rows on a CPU, and weights cast to 16 bits only once."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with a faster path for few rows on a CPU, as in sampling.
+    """`nn.Linear` with a faster path for few rows on a CPU, as in sampling.
 
-    There `weight @ xᵀ` takes 0.65 to 0.8 of the time of `x @ weightᵀ` in bf16, on a CPU with units for it. In
-    fp32 that depends on the CPU: on that one it is faster from 6 rows on, and up to twice as slow for 2 to 4.
+    With bf16 units, `weight @ xᵀ` takes 0.65 to 0.8 of the time of `x @ weightᵀ` in bf16. In fp32 it depends
+    on the CPU: there it was faster from 6 rows on, and up to twice as slow for 2 to 4.
     """
 
     FEW_ROWS = 16  # up to here a CPU spends its time reading the matrix, not multiplying
     cast: tuple[Tensor, Tensor | None] | None = None  # in 16 bits, while `cast_once` holds them
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+        """Map x (..., in) to (..., out)."""
         if torch.is_grad_enabled():
             return super().forward(x)
         weight, bias = self.cast or (self.weight, self.bias)
@@ -40,10 +40,10 @@ class Linear(nn.Linear):
 
 @contextlib.contextmanager
 def cast_once(model: nn.Module) -> Iterator[None]:
-    """Within autocast, hold a 16-bit copy of each `Linear`'s weights; without, do nothing.
+    """Within autocast, hold a 16-bit copy of the weights of each `Linear`. Otherwise do nothing.
 
-    Autocast would cast every matrix again for every token, which takes longer than the token's products. The
-    model must not be trained meanwhile: the copies would stay as they are.
+    Autocast casts every matrix again for every token, which takes longer than the products of the token. Do
+    not train the model meanwhile, because the copies would not change.
     """
     device = next(model.parameters()).device.type
     if not torch.is_autocast_enabled(device):

@@ -1,4 +1,4 @@
-"""The head and its cross-entropy without a batch of logits: in blocks on a CPU, by rows on a GPU."""
+"""LM head and cross-entropy without materialising all logits: blockwise on CPUs, row-wise on GPUs."""
 
 import math
 from collections.abc import Sequence
@@ -12,27 +12,27 @@ VOCABULARY_BLOCK = 1024
 
 
 def default_chunks(n_tokens: int, device: torch.device) -> int:
-    """Chunks for the loss of `n_tokens`: of 512 tokens on a CPU, which is fastest there; of 16,384 on CUDA.
+    """Number of chunks for `n_tokens`: of 512 tokens on a CPU, where that is fastest, of 16,384 on CUDA.
 
     On CUDA more chunks need less memory and move more bytes. Counted for a micro-step of GPT-2 124M with
-    65,536 tokens: logits of 6.6 GB in 186.2 GB of traffic with one chunk, 1.6 in 187.6 with the four chosen
-    here, 0.4 in 191.9 with sixteen; without torch.compile all of it peaks at 60, 34 and 26 GB.
+    65,536 tokens: one chunk has logits of 6.6 GB and moves 186.2 GB, the four chosen here 1.6 and 187.6,
+    sixteen 0.4 and 191.9. Without torch.compile the peak of memory is 60, 34 and 26 GB.
     """
     tokens_per_chunk = {"cpu": 512, "cuda": 16_384}.get(device.type, n_tokens)
     return max(1, n_tokens // tokens_per_chunk)
 
 
 class BlockCrossEntropy(torch.autograd.Function):
-    """The head and its loss for a CPU, with the gradients computed along the way.
+    """LM head and loss for a CPU, with the gradients computed along the way.
 
-    The logits of a small GPT-2 are by far its largest tensors, and reading them from memory again and again
-    would take longer than the products. So they are made one block of the vocabulary at a time, small enough
-    for the cache, and kept as exp(logit - largest of the block). To become probabilities they still need a
-    factor for each position and block, exp(largest of the block - log-sum-exp of all). It is applied to the
-    (n, C) side of the two products that form the gradients, which is smaller than the logits. The target's
-    column, whose gradient is the probability - 1, is left out of both products and added in fp32.
+    The logits of a small GPT-2 are by far its largest tensors, and reading them from memory repeatedly would
+    take longer than the products. So we compute one block of the vocabulary at a time, small enough for the
+    cache, and keep exp(logit - largest of the block). A factor for each position and block turns these into
+    probabilities: exp(largest of the block - log-sum-exp of all). We apply it to the (n, C) side of the two
+    products that form the gradients, which is smaller than the logits. The target's column, whose gradient is
+    the probability - 1, stays out of both products and is added in fp32.
 
-    One chunk of positions at a time, to bound the memory. Nothing is computed twice. Backward scales the
+    One chunk of positions at a time bounds the memory. Nothing is computed twice. Backward scales the
     weight's gradient in place, so it can run only once: torch raises RuntimeError the second time.
     """
 
@@ -40,7 +40,7 @@ class BlockCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, states: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunks: int
     ) -> Tensor:
-        """states (N, C), weight (rows, C), targets (N,) -> mean loss in fp32 over targets that are not -100.
+        """Mean fp32 loss of states (N, C), weight (rows, C) and targets (N,), without targets of -100.
 
         Rows of the weight from `vocab_size` on are padding and get no probability.
         """
@@ -85,11 +85,11 @@ class BlockCrossEntropy(torch.autograd.Function):
 def _softmax(
     x: Tensor, blocks: Sequence[Tensor], target: Tensor, keep: bool
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The softmax of the logits x (n, C) @ all `blocks` (b, C) of the vocabulary, in factors.
+    """Compute the softmax of the logits x (n, C) @ all `blocks` (b, C) of the vocabulary, in factors.
 
-    Returns the negative log-likelihood of target (n,) in fp32 (n, 1); with `keep`, for each block the
-    exponentials (n, b) in the dtype of x, 0 in the target's column; and in fp32 (n, blocks) what each row of
-    a block has to be multiplied by to become probabilities.
+    Returns the negative log-likelihood of target (n,), fp32 (n, 1). With `keep`, also returns the
+    exponentials (n, b) of each block, in the dtype of x and 0 in the target's column, and the factors that
+    turn each row of a block into probabilities, fp32 (n, blocks).
     """
     target_logit = torch.empty(len(x), 1, device=x.device)
     exps, largest, totals = [], [], []
@@ -113,22 +113,22 @@ def _softmax(
 
 
 class RowCrossEntropy(torch.autograd.Function):
-    """The same for a GPU: one row of logits per position, written for what torch.compile makes of it.
+    """LM head and loss for a GPU: one row of logits per position, written for torch.compile.
 
-    Per chunk that is four large kernels: the product that makes the logits, one that reads each row for its
-    softmax and writes the gradient over it, and a product for each of the two gradients. Only those two are
-    kept for backward, which may run more than once.
+    It compiles to four large kernels per chunk: the product that makes the logits, one that reads each row
+    for its softmax and writes the gradient over it, and a product for each of the two gradients. Only those
+    two are kept for backward, which may run more than once.
 
-    Why not a library's: Liger Kernel's would cut 65,536 tokens into 64 chunks, whatever that costs; torch's
-    own chunked `linear_cross_entropy` (from 2.13) passes over the logits five times and drops out of the
-    compiled graph; both give padded rows probability.
+    Libraries do not fit. Liger Kernel's would cut 65,536 tokens into 64 chunks. torch's own chunked
+    `linear_cross_entropy` (from 2.13) passes over the logits five times and leaves the compiled graph. Both
+    give padding rows probability.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, states: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunks: int
     ) -> Tensor:
-        """states (N, C), weight (rows, C), targets (N,) -> mean loss in fp32, NaN if every target is -100.
+        """Mean fp32 loss of states (N, C), weight (rows, C) and targets (N,); NaN if all targets are -100.
 
         Rows of the weight from `vocab_size` on are padding and get no probability.
         """

@@ -1,4 +1,4 @@
-"""The run's record, metrics.jsonl: written line by line, read back.
+"""metrics.jsonl, the metrics of a run: one record per line.
 
     {"step": 12, "kind": "train", "loss": 4.1, "lr": 6e-4, …}
 
@@ -23,14 +23,13 @@ MEASUREMENTS = {"train": "loss", "val": "loss", "hellaswag": "acc"}  # kind -> t
 
 
 class Metrics:
-    """Appends records to a file; each is complete and on its way to the disk when `log` returns."""
+    """Appends records to a file. Each is complete and on its way to the disk when `log` returns."""
 
     def __init__(self, path: Path, keep_until: int | None = None, silent: bool = False) -> None:
-        """Open `path` for appending, after dropping the records of steps beyond `keep_until` (None: all).
+        """Open `path` for appending, and drop the records of steps beyond `keep_until` (None: keep all).
 
-        A killed run has recorded steps that its checkpoint does not contain, perhaps with a broken last line;
-        it will repeat those steps.
-        silent: touch nothing and record nothing, as every process but the first does.
+        A killed run may have recorded steps after its last checkpoint, and will repeat them.
+        silent: write nothing, as every process but the first.
         """
         self.path = path
         self.trackers: dict[str, Tracker] = {}
@@ -42,7 +41,7 @@ class Metrics:
             self.file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - as long as the run
 
     def log(self, step: int, kind: str, **values: object) -> None:
-        """Append one record. A value that is not a finite number is written as null."""
+        """Append one record. Numbers that are not finite become null."""
         if self.file is None:
             return
         record = {"step": step, "kind": kind, **values}
@@ -55,16 +54,16 @@ class Metrics:
                 tracker.log(step, trackers.numbers(record))
 
     def track(self, name: str, out_dir: Path, run_name: str, config: dict[str, object]) -> None:
-        """Send further records to the tracker of this name too. One that fails is dropped."""
+        """Also send records to the tracker `name` from now on. A tracker that fails is dropped."""
         with self._or_drop(name):
             self.trackers[name] = trackers.KINDS[name](out_dir, run_name, config, self.last_step)
 
     @contextlib.contextmanager
     def _or_drop(self, name: str) -> Iterator[None]:
-        """A tracker that fails inside is dropped, with a warning and an event: no run ends for it."""
+        """Drop a tracker that fails inside, with a warning and an event. It must never end the run."""
         try:
             yield
-        except Exception as error:  # a tracker may raise anything
+        except Exception as error:  # trackers may raise anything
             self.trackers.pop(name, None)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"warning: --track {name}: {reason}: training continues without it", file=sys.stderr)
@@ -77,7 +76,7 @@ class Metrics:
                 fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Give the trackers the time to send what is left, and close the file."""
+        """Let the trackers send what is left, and close the file."""
         for name, tracker in list(self.trackers.items()):
             with self._or_drop(name):
                 tracker.finish()
@@ -93,10 +92,10 @@ class Metrics:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a metrics file, oldest first; an empty list if there is no file.
+    """Read the records of a metrics file, oldest first. No file means no records.
 
-    Ignores blank lines, and a last line without its newline, which a kill can leave. Raises UserError on any
-    other line that is not a record.
+    Ignores blank lines, and a last line without a newline, because a kill can truncate it. Raises UserError
+    on any other line that is not a record.
     """
     check_regular(path)
     try:
@@ -118,7 +117,7 @@ def read(path: Path) -> list[Record]:
 
 
 def has_records(path: Path) -> bool:
-    """True if a file is empty or any of its lines is a record: then it is a run's, even if it is damaged."""
+    """True if the file is empty or has at least one record, so that it belongs to a run, even if damaged."""
     with open(path, "rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
@@ -128,7 +127,7 @@ def has_records(path: Path) -> bool:
 
 
 def _is_record(record: Record) -> bool:
-    """Whether a line from a file is what `log` writes: an integer step, measured values finite or null."""
+    """True if `log` could have written this: an integer step, measured values finite or null."""
     if not (type(record["step"]) is int and 0 <= record["step"] < 2**53 and isinstance(record["kind"], str)):
         return False
     if record["kind"] not in MEASUREMENTS:
@@ -144,7 +143,7 @@ def _line(record: Record) -> str:
 
 
 def is_spike(loss: float, recent: Sequence[float], sigmas: float = 6.0) -> bool:
-    """Whether a loss is more than `sigmas` standard deviations above the mean of the 100 recent ones."""
+    """True if a loss is more than `sigmas` standard deviations above the mean of the recent ones."""
     if len(recent) < 100:
         return False
     return loss > statistics.fmean(recent) + sigmas * statistics.pstdev(recent)

@@ -1,4 +1,4 @@
-"""What a training run will take, on paper: memory, time and cost on GPUs one does not have."""
+"""Estimate a training run on GPUs that one does not have: memory, time and cost."""
 
 import re
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Plan:
 
 
 def describe(plan: Plan, sequence_length: int, total_batch_size: int) -> str:
-    """A plan for a person to read, one line per figure."""
+    """Format a plan as text, one figure per line."""
     n, waiting = plan.accumulation_steps, 1000 * plan.exposed_seconds
     lines = [
         f"batch      {plan.micro_batch_size} × {sequence_length} tokens per GPU, "  # noqa: RUF001
@@ -60,17 +60,18 @@ def memory_bytes(
     buckets: bool = False,
     recompute: bool = False,
 ) -> float:
-    """Bytes of tensors on one GPU when a compiled step in 16 bits needs most, at the loss of a micro-batch.
+    """Bytes of tensors on one GPU at the peak of a compiled 16-bit step: at the loss of a micro-batch.
 
     Per parameter 16: fp32 weight, gradient and AdamW's two moments (Rajbhandari et al. 2020, "ZeRO"); 12
-    where Muon has one moment; with `buckets` 4 more, DDP's, which an accumulating process has besides its
-    gradients. Matrices once more in 16 bits.
+    where Muon has one moment. `buckets` adds 4, because a process that accumulates has DDP's buckets besides
+    its gradients. Matrices have a 16-bit copy.
     Activations, as traced from the compiled graph: 36·T·B·d per block (8 for the residual stream in fp32, 16
-    for the MLP, 6 for q, k and v, 4 for the inputs of c_attn and c_fc, 2 for attention's output), 4·T·B·d
-    for the first block's input. Dropout has a mask of 1 byte for each of its outputs outside attention.
-    Logits of one chunk of the loss in 16 bits, which become their own gradient.
-    With `recompute` 4·T·B·d per block, its input, and later, where the logits were, 40·T·B·d for the block
-    that is computed again and its gradients.
+    for the MLP, 6 for q, k and v, 4 for the inputs of c_attn and c_fc, 2 for the output of attention), and
+    4·T·B·d for the input of the first block. Dropout adds a mask of 1 byte for each of its outputs outside
+    attention.
+    The logits of one chunk of the loss are in 16 bits, and become their own gradient.
+    With `recompute`: 4·T·B·d per block for its input and, later, in place of the logits, 40·T·B·d for the
+    block that is recomputed and its gradients.
     """
     tokens, d = sequence_length * micro_batch_size, config.n_embd
     blocks = 12 * config.n_layer * d * d  # parameters of the blocks' matrices
@@ -87,7 +88,8 @@ def memory_bytes(
 def recompute_flops_per_token(config: "GPTConfig", sequence_length: int) -> float:
     """FLOPs that `recompute` adds for one token: L·(16·d² + 4·d·T), a fifth of a small model's.
 
-    The forward pass of the blocks, but for the product that ends each, whose result backward does not need.
+    That is the forward pass of the blocks without the last product of each, whose result backward does not
+    need.
     """
     return config.n_layer * (16 * config.n_embd**2 + 4 * config.n_embd * sequence_length)
 
@@ -101,7 +103,7 @@ def _fitting(
     optimizer: str,
     recompute: bool,
 ) -> dict[int, float]:
-    """The micro-batches that divide the `sequences` of a GPU and fit into `room` bytes; what they need."""
+    """Find micro-batches that divide the `sequences` of a GPU and fit into `room`, with their bytes."""
     needed = {}
     for B in (2**i for i in range(11) if sequences % 2**i == 0):
         accumulates = gpus > 1 and sequences > B
@@ -110,7 +112,7 @@ def _fitting(
 
 
 def all_reduce_seconds(n_bytes: float, processes: int, gigabytes_per_second: float) -> float:
-    """Time of a ring all-reduce: each link carries 2·(n - 1)/n of the data (Patarasuk & Yuan 2009)."""
+    """Duration of a ring all-reduce: each link carries 2·(n - 1)/n of the data (Patarasuk & Yuan 2009)."""
     return 2 * (processes - 1) / processes * n_bytes / (LINK_EFFICIENCY * gigabytes_per_second * 1e9)
 
 
@@ -129,11 +131,11 @@ def plan(
 ) -> Plan:
     """Plan a run on nodes of `hardware` ("8xA100-80GB", "T4-16GB"), with `network` GB/s between them.
 
-    A GPU costs `price` per hour. A step computes at `mfu` of the GPUs' peak, and at the same rate what
-    `recompute` adds, which is planned too where not one sequence fits without. Gradients, 4 bytes per
-    parameter, are all-reduced during the backward pass of the last micro-batch, two thirds of its time; the
-    step waits for the rest. It always waits for the token embedding's, the largest, which is complete only
-    when backward ends: its matrix is the head's too.
+    A GPU costs `price` per hour. A step computes at `mfu` of the peak of the GPUs, including the work that
+    `recompute` adds. If not one sequence fits without, the plan recomputes too.
+    Gradients, 4 bytes per parameter, are all-reduced during the backward pass of the last micro-batch, which
+    is two thirds of its time. The step waits for the rest, and always for the token embedding's gradient, the
+    largest: it is complete only when backward ends, because its matrix is also the head.
     Raises UserError on hardware that is not in the table, or too small for the model or the batch.
     """
     match = re.fullmatch(r"(?:(\d+)x)?(.*)", hardware)

@@ -1,8 +1,8 @@
 """Models as folders in the Hugging Face format: config.json and model.safetensors.
 
-A file stores a model's parameters under their own names, with two differences (`as_stored`): the embedding
-has no padding rows, and four matrices per block are transposed, since GPT2LMHeadModel keeps them as `Conv1D`,
-(in, out), where `nn.Linear` has (out, in).
+A file stores the parameters under their own names, with two differences (`as_stored`). The embedding has no
+padding rows. Four matrices per block are transposed, because GPT2LMHeadModel keeps them as `Conv1D`, (in,
+out), and `nn.Linear` as (out, in).
 """
 
 import contextlib
@@ -41,7 +41,7 @@ OTHER_WEIGHTS = {
 EXPECTED = "name a run, a checkpoint or a GPT-2 folder"
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a file may contain
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-# transformers' defaults, and the keys that config.json may have for them: of two, the later one counts.
+# transformers' defaults, and their keys in config.json; of two keys the later one counts.
 DEFAULT_SIZES = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
 SIZE_KEYS = {
     "vocab_size": "vocab_size", "n_positions": "block_size", "max_position_embeddings": "block_size",
@@ -52,23 +52,23 @@ CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter of this name is a matrix of a block: not an embedding, a bias or a LayerNorm's."""
+    """True if this parameter is a matrix of a block, as opposed to an embedding, a bias or a LayerNorm."""
     return parameter.dim() == 2 and not name.endswith(("wte.weight", "wpe.weight"))
 
 
 def without_padding(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
-    """A view of a parameter, or of a tensor of its shape, without the embedding's padding rows."""
+    """View a parameter, or a tensor of its shape, without the padding rows of the embedding."""
     return tensor[:vocab_size] if name.endswith("wte.weight") and tensor.dim() == 2 else tensor
 
 
 def as_stored(name: str, parameter: Tensor, vocab_size: int) -> Tensor:
-    """A view of a parameter in the shape it has in a file: read it to save, write to it to load."""
+    """View a parameter in the shape that files have: read it to save, write to it to load."""
     view = without_padding(name, parameter, vocab_size)
     return view.t() if name.endswith(CONV1D_WEIGHTS) else view
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of a model's parameters as a file stores them: by name, fp32, in the host's memory."""
+    """Copy the parameters of a model as files store them: by name, fp32, in host memory."""
     copies = {}
     for name, parameter in model.named_parameters():
         view = as_stored(name, parameter.detach(), model.config.vocab_size)
@@ -84,7 +84,7 @@ def save(folder: Path, weights: dict[str, Tensor], config: "GPTConfig") -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    with contextlib.suppress(OSError):  # disks of other systems have no such modes
+    with contextlib.suppress(OSError):  # disks of other systems have no modes
         (folder / WEIGHTS).chmod(0o644)  # the library makes it readable by its owner only
     for name, content in (
         (CONFIG, _huggingface_config(config)),
@@ -115,10 +115,10 @@ def _huggingface_config(config: "GPTConfig") -> dict[str, object]:
 
 
 def load(name_or_folder: str | Path, build: Callable[..., nn.Module]) -> nn.Module:
-    """The model in a folder, or on the Hub under a name (`gpt2`, `USER/NAME`), in fp32 on the CPU.
+    """Load a model from a folder, or by its name on the Hub (`gpt2`, `USER/NAME`), in fp32 on the CPU.
 
     build: makes the model from block_size, vocab_size, n_layer, n_head, n_embd and dropout.
-    Raises UserError on anything missing, damaged or not a GPT-2.
+    Raises UserError on files that are missing, damaged or not a GPT-2.
     """
     name, folder = str(name_or_folder), Path(name_or_folder)
     if not folder.is_dir():
@@ -131,7 +131,7 @@ def load(name_or_folder: str | Path, build: Callable[..., nn.Module]) -> nn.Modu
         tensors = _read_tensors(folder)
     except UserError as error:
         raise UserError(f"{error}{hidden_model(name)}") from error
-    # A config that lies could ask for any amount of memory: build nothing that the file does not contain.
+    # A wrong config could ask for any amount of memory, so build nothing that the file does not contain.
     wte, wpe = (tensors.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
     found = [None if t is None else tuple(t.shape) for t in (wte, wpe)]
     expected = [(sizes["vocab_size"], sizes["n_embd"]), (sizes["block_size"], sizes["n_embd"])]
@@ -147,7 +147,7 @@ def load(name_or_folder: str | Path, build: Callable[..., nn.Module]) -> nn.Modu
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Read the weights in a folder into a model, exactly.
+    """Load the weights in a folder into a model, exactly.
 
     Raises UserError if a file is missing or damaged, or contains a model of another shape.
     """
@@ -174,7 +174,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def hidden_model(name: str) -> str:
-    """The end of a message about a folder or file: how to get the Hub's model of that name, or nothing."""
+    """Return a hint for an error about a path that hides a model of that name on the Hub; otherwise ""."""
     if not Path(name).exists():
         return ""
     if name in OPENAI_MODELS:
@@ -185,7 +185,7 @@ def hidden_model(name: str) -> str:
 
 
 def refuse_lfs_pointer(file: Path) -> None:
-    """Raise UserError if Git LFS has left a pointer in place of the file."""
+    """Raise UserError if the file is a Git LFS pointer."""
     if is_lfs_pointer(file):
         raise UserError(f"{file}: a Git LFS pointer, not the file: run `git lfs pull` in {file.parent}")
 
@@ -215,7 +215,7 @@ def _check_hub_name(name: str) -> None:
 
 
 def _no_weights(name: str, folder: Path) -> UserError:
-    """The error for a folder without `has_weights`: says how to convert other weights, if there are some."""
+    """Build the error for a folder without weights, with a way to convert those in other formats."""
     others = [(f.name, *how) for glob, how in OTHER_WEIGHTS.items() for f in sorted(folder.glob(glob))]
     if not others and not Path(name).is_dir() and (folder / CONFIG).exists():
         # Only config.json was downloaded: the Hub's models without safetensors have a pytorch_model.bin.
@@ -237,12 +237,12 @@ def _no_weights(name: str, folder: Path) -> UserError:
 
 
 def _download(name: str) -> Path:
-    """A model's configuration and weights from the Hub, or from its local cache."""
+    """Download the configuration and weights of a model from the Hub, or find them in the local cache."""
     repo = f"openai-community/{name}" if name in OPENAI_MODELS else name
     files = [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
     try:
         with hub.user_errors(f"{name} (no such folder, so a name on the Hub)", "name a folder, or connect"):
-            from huggingface_hub import snapshot_download  # most runs do without it
+            from huggingface_hub import snapshot_download  # most runs do not need it
 
             return Path(hub.with_retries(lambda: snapshot_download(repo, allow_patterns=files)))
     except hub.NoWay:
@@ -256,7 +256,7 @@ def _download(name: str) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: model.safetensors, else those that its index lists, no others."""
+    """List the files that transformers reads: model.safetensors, else the files in its index."""
     index = folder / INDEX
     if (folder / WEIGHTS).is_file() or not index.is_file():
         return [folder / WEIGHTS]
@@ -275,7 +275,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's weights, by their names in GPT2LMHeadModel, without the tied head."""
+    """Read all tensors of a folder, by their names in GPT2LMHeadModel, without the tied head."""
     found: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         try:
@@ -295,13 +295,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_config(file: Path) -> dict[str, float]:
-    """A model's sizes and dropout from a Hugging Face config.json; UserError if it is not that of a GPT-2.
+    """Read sizes and dropout from a Hugging Face config.json. Raises UserError if it is not that of a GPT-2.
 
-    GPTConfig has one rate of dropout: where the file has several, it gets 0.
+    GPTConfig has one dropout rate: 0 if the file has several.
     """
     try:
         raw = json.loads(file.read_text(encoding="utf-8-sig"))
-        # A run's config.json has no model_type: it must not pass for a GPT-2 of default sizes.
+        # A run's config.json has no model_type, and must not pass for a GPT-2 of default sizes.
         values = DEFAULT_SIZES if "model_type" in raw else {}
         values = values | {size: raw[key] for key, size in SIZE_KEYS.items() if key in raw}
         sizes = {size: int(values[size]) for size in DEFAULT_SIZES}

@@ -1,4 +1,4 @@
-"""A run's progress: where the time goes, and the steps whose numbers are still on the device."""
+"""Progress of a run: where the time goes, and steps whose numbers are still on the device."""
 
 import collections
 import contextlib
@@ -27,7 +27,7 @@ ACTIVITIES = ("data", "training", "evaluation", "checkpoints")
 
 
 class Clock:
-    """Seconds spent on each activity. Every moment belongs to one activity, or to none.
+    """Seconds spent on each activity. Each moment counts for one activity at most.
 
     with clock("training"):
         ...
@@ -57,18 +57,18 @@ class Clock:
         return before
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per activity up to now."""
+        """Return the seconds per activity so far."""
         self._switch(self._current)
         return dict(self._seconds)
 
     def add(self, earlier: dict[str, float]) -> None:
-        """Add the seconds of the run's part before it was resumed."""
+        """Add the seconds of the run before it was resumed."""
         for activity, duration in earlier.items():
             self._seconds[activity] += duration
 
 
 class Mark:
-    """A moment, as the device sees it: on CUDA between two pieces of enqueued work, so it never waits."""
+    """A device timestamp. Recording one never blocks."""
 
     def __init__(self, device: torch.device) -> None:
         self.event = None
@@ -78,19 +78,19 @@ class Mark:
         self.time = time.perf_counter()
 
     def wait(self) -> None:
-        """Wait until the device has got there, and no further."""
+        """Wait until the device reaches this mark."""
         if self.event:
             self.event.synchronize()
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """Seconds between two marks that have both been reached."""
+        """Return the seconds between two marks that the device has reached."""
         if self.event:
             return earlier.event.elapsed_time(self.event) / 1000
         return self.time - earlier.time
 
 
 class Stopwatch:
-    """Times the parts of laps, such as those of a training step."""
+    """Times the parts of laps, such as training steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -101,11 +101,11 @@ class Stopwatch:
         self.laps.append([("start", Mark(self.device))])
 
     def mark(self, part: str) -> None:
-        """Note that the time since the last mark belongs to `part` of this lap."""
+        """Assign the time since the last mark to `part` of this lap."""
         self.laps[-1].append((part, Mark(self.device)))
 
     def seconds(self) -> list[dict[str, float]]:
-        """The seconds per part, for each lap."""
+        """Return the seconds per part, for each lap."""
         self.laps[-1][-1][1].wait()
         laps = []
         for marks in self.laps:
@@ -118,7 +118,7 @@ class Stopwatch:
 
 @dataclass
 class EnqueuedStep:
-    """A step whose work may still be under way on the device."""
+    """A step that the device may not have finished."""
 
     step: int
     lr: float
@@ -128,10 +128,10 @@ class EnqueuedStep:
 
 
 class Progress:
-    """Prints and records steps once their numbers have arrived, on CUDA one step late.
+    """Prints and records steps once their numbers arrive, which is one step late on CUDA.
 
-    There the numbers are copied in the background, and a step is reported when the next has been enqueued.
-    Waiting for the newest step would leave the GPU idle between steps.
+    Waiting for the newest step would leave the GPU idle between steps. So its numbers are copied in the
+    background, and reported after the next step has been enqueued.
     """
 
     def __init__(self, s: "Settings", rt: Runtime, folder: "RunFolder", flops_per_token: float) -> None:
@@ -141,14 +141,14 @@ class Progress:
         self.durations: collections.deque[float] = collections.deque(maxlen=100)
         self.lag = 1 if rt.device.type == "cuda" else 0
         self.pending: collections.deque[EnqueuedStep] = collections.deque()
-        self.overdue = False  # as of the last reported step, a checkpoint is overdue
+        self.overdue = False  # a checkpoint was overdue at the last reported step
         self.bad_steps = 0  # in a row
         earlier = [r["loss"] for r in metrics.read(folder.metrics.path) if r["kind"] == "train"]
         self.recent_losses = collections.deque((loss for loss in earlier if loss is not None), maxlen=100)
 
     @property
     def healthy(self) -> bool:
-        """True unless the last step was bad: weights that give no finite loss are not worth keeping."""
+        """True unless the last step was bad. Weights that give no finite loss are not worth keeping."""
         return self.bad_steps == 0
 
     def begin(self) -> None:
@@ -156,7 +156,7 @@ class Progress:
         self.begun = Mark(self.rt.device)
 
     def add(self, step: int, lr: float, result: "StepResult") -> None:
-        """Note a step that has been enqueued, with its learning rate and result."""
+        """Add a step that has been enqueued, with its learning rate and result."""
         numbers = torch.stack([result.loss, result.grad_norm, result.scale, *result.votes])
         if self.rt.device.type == "cuda":
             host = torch.empty_like(numbers, device="cpu", pin_memory=True)
@@ -168,8 +168,8 @@ class Progress:
     def report(self, catch_up: bool) -> int:
         """Report all steps but the newest `lag` (with `catch_up`, all), waiting for their numbers.
 
-        Returns the number of the signal that any rank has received, or 0. Reports all steps if there was one,
-        or if a checkpoint is overdue.
+        Returns the number of a signal that any rank received, or 0. Catches up if there was one, or if a
+        checkpoint is overdue.
         Raises UserError after --max-bad-steps steps in a row whose loss or gradient was not finite.
         """
         stopped_by, self.overdue = 0, False
@@ -210,7 +210,7 @@ class Progress:
         )
 
     def seconds_left(self, step: int) -> float:
-        """Seconds from the end of `step` to the end of the run, evaluations included, at the recent pace."""
+        """Estimate the seconds from the end of `step` to the end of the run, at the recent pace."""
         s, last = self.settings, self.settings.max_steps
         seconds = (last - step) * statistics.fmean(self.durations)
         intervals = {
@@ -223,7 +223,7 @@ class Progress:
         return seconds
 
     def _watch(self, step: int, loss: float, grad_norm: float, scale: float) -> None:
-        """Record steps that were skipped and losses that jump; give up after too many bad steps."""
+        """Record skipped steps and loss spikes. Raises UserError after too many bad steps."""
         if math.isfinite(loss + grad_norm):
             self.bad_steps = 0
             if metrics.is_spike(loss, self.recent_losses):
@@ -231,15 +231,15 @@ class Progress:
             self.recent_losses.append(loss)
             return
         # An overflow in fp16 is normal: the step is skipped, and the next one has half the scale. That does
-        # not help if the loss itself is not finite, or if the scale no longer enlarges the gradients.
+        # not help if the loss itself is not finite, or if the scale is down to 1.
         if math.isfinite(loss) and scale > 1:
             self.metrics.log(step, "event", name="overflow", scale=scale)
             return
         self.bad_steps += 1
         self.metrics.log(step, "event", name="bad step")
         if self.bad_steps == self.settings.max_bad_steps:
-            self.folder.writer.wait()  # for a checkpoint that is about to exist
-            self.rt.barrier()  # or the end of the other ranks would cut the writing short
+            self.folder.writer.wait()  # a checkpoint may be about to exist
+            self.rt.barrier()  # otherwise other ranks could end the run before it is written
             last_good = next(iter(checkpoint.folders(self.settings.out_dir)), "the start")
             raise UserError(
                 f"step {step}: loss or gradient not finite for --max-bad-steps {self.bad_steps} steps in a "

@@ -1,9 +1,9 @@
-"""A run's copy on the Hub: a thread sends checkpoints while training continues, `prepare` brings them back.
+"""Copy of a run on the Hub: a thread sends checkpoints while training continues, `prepare` brings them back.
 
     python train_gpt2.py --resume --push-to-hub USER/NAME
 
-One commit adds a checkpoint and deletes those before it, so that the repository always holds a complete one;
-its layout is in support/remote.py. The Hub's client is imported where it is used.
+One commit adds a checkpoint and deletes older ones, so that the repository always holds a complete one. Its
+layout is in support/remote.py. The Hub's client is imported where it is used.
 """
 
 import functools
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
     from settings import Settings
 
-ARRIVING = ".from-hub"  # folder for files on their way back
+ARRIVING = ".from-hub"  # folder for files that are being fetched
 PINNED = ".pushing-"  # prefix of a folder with links to a checkpoint that is being sent
-FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between attempts
+FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between retries
 TRIED_AGAIN = "it will be tried again"
-LAST_WAIT = 600  # seconds for the last push of a run, below the processes' patience with each other
+LAST_WAIT = 600  # seconds for the last push of a run, less than the other processes wait
 
 
 # ---------------------------------------------------------------- at the start of a run
 
 
 def prepare(s: "Settings") -> str | None:
-    """Create the repository, or bring back the run that it holds if --resume finds less in the run folder.
+    """Create the repository; or bring its run back if --resume finds less in the run folder.
 
-    Returns the newest commit; None without --push-to-hub, or if the Hub is out of reach and the run can
-    continue without it for now. Raises UserError if the token is missing, wrong or without rights, if the
+    Returns the newest commit. None without --push-to-hub, or if the Hub is out of reach and the run can
+    continue without it for now. Raises UserError if the token is missing, wrong or lacks rights, if the
     repository holds another run or something else, and if a run that it may hold cannot be brought back.
     """
     if not s.push_to_hub:
@@ -73,7 +73,7 @@ def prepare(s: "Settings") -> str | None:
 
 
 def _newest_step(out_dir: Path) -> int | None:
-    """The step of the newest intact checkpoint in the run folder, None if there is none."""
+    """Step of the newest intact checkpoint in the run folder, None if there is none."""
     try:
         newest, _ = checkpoint.latest_intact(out_dir)
     except UserError:  # all are damaged
@@ -82,7 +82,7 @@ def _newest_step(out_dir: Path) -> int | None:
 
 
 def _open_repository(s: "Settings") -> Remote:
-    """What the repository holds, after checking the right to write; it is created if it does not exist."""
+    """Check the right to write, create the repository if it does not exist, and return its content."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     api = remote.client()
@@ -96,17 +96,17 @@ def _open_repository(s: "Settings") -> Remote:
 
 
 def _bring_back(s: "Settings", there: Remote) -> None:
-    """Fetch the repository's checkpoints that the disk lacks, its metrics and settings into the run folder.
+    """Fetch the checkpoints that the disk lacks, the metrics and the settings into the run folder.
 
-    Everything gets its name only after the hashes have been compared, and the newest checkpoint last: with it
-    the run counts as being there. An interrupted fetch is continued by the next call.
+    Files get their names only after the hashes have been verified, the newest checkpoint last, because the
+    run counts as being there from then on. The next call continues an interrupted fetch.
     """
-    newest, *others = there.checkpoints
-    folders = [newest, *(folder for folder in others if not (s.out_dir / folder).exists())]
+    newest, *older = there.checkpoints
+    folders = [newest, *(folder for folder in older if not (s.out_dir / folder).exists())]
     wanted = [
         file for file in there.files if remote.STEP_FILE.fullmatch(file) and Path(file).parent in folders
     ]
-    record = [file for file in (run_files.METRICS, run_files.CONFIG) if file in there.files]
+    others = [file for file in (run_files.METRICS, run_files.CONFIG) if file in there.files]
     print(f"fetching   {newest} of {s.push_to_hub}")
     arriving = s.out_dir / ARRIVING
     try:
@@ -115,10 +115,10 @@ def _bring_back(s: "Settings", there: Remote) -> None:
         if lock is None:
             raise UserError(f"{s.out_dir}: another process is training in it: wait for it to end")
         try:
-            for file in [*wanted, *record]:
+            for file in [*wanted, *others]:
                 _fetch(s.push_to_hub, there.sha, file, arriving)
             _check_arrived(s.push_to_hub, arriving, folders)
-            for file in record:
+            for file in others:
                 files.replace(arriving / file, s.out_dir / file)
             for folder in reversed(folders):
                 checkpoint.put_in_place(arriving / folder, s.out_dir / folder)
@@ -130,14 +130,14 @@ def _bring_back(s: "Settings", there: Remote) -> None:
 
 
 def _fetch(repo_id: str, sha: str, file: str, folder: Path) -> None:
-    """Fetch one file, down to the disk itself."""
+    """Fetch one file and flush it to the disk."""
     with hub.user_errors(f"--push-to-hub {repo_id}: {file}", "run the same command again"):
         path = hub.with_retries(lambda: remote.download(repo_id, sha, file, folder))
     files.flush_to_disk(path)
 
 
 def _check_arrived(repo_id: str, arriving: Path, folders: list[Path]) -> None:
-    """Raise UserError, and delete what has arrived, unless the checkpoints' hashes are right."""
+    """Delete everything that has arrived, and raise UserError, unless the checkpoints' hashes are right."""
     try:
         for folder in folders:
             checkpoint.verify(arriving / folder)
@@ -151,28 +151,29 @@ def _check_arrived(repo_id: str, arriving: Path, folders: list[Path]) -> None:
 
 
 class Pusher:
-    """Sends a run's checkpoints from a thread; failures are tried again, and never end the run.
+    """Sends the checkpoints of a run from a thread. Failures are retried and never end the run.
 
-    The main thread only says what to send. A checkpoint still waiting when the next one arrives is skipped.
+    The main thread only says what to send. A checkpoint that still waits when the next one arrives is
+    skipped.
     """
 
     def __init__(self, s: "Settings", head: str | None, newest: Path | None, silent: bool = False) -> None:
-        """head: the repository's newest commit, as `prepare` returned it. newest: a checkpoint to begin with.
+        """head: the newest commit, from `prepare`. newest: a checkpoint to begin with.
 
-        silent: do nothing, as every process but the first does; so it is without --push-to-hub.
+        silent: do nothing, as every process but the first, and every run without --push-to-hub.
         """
         self.s = s
         self.head = head
-        self.step = checkpoint.step_of(newest) if newest else 0  # of the events in the record
-        self.newest = newest  # the last that was handed over
-        self.written: Future[None] | None = None  # what that one waits for
+        self.step = checkpoint.step_of(newest) if newest else 0  # of events in the metrics
+        self.newest = newest  # handed over last
+        self.written: Future[None] | None = None  # its writing
         self.changed = threading.Condition()  # guards the next four
-        self.wanted = newest  # the checkpoint to send next, with the run's record; None: nothing
+        self.wanted = newest  # checkpoint to send next, with the metrics; None: nothing
         self.sending: Path | None = None
         self.failures: list[str] = []  # not yet recorded
         self.closing = False
         self.sent: set[str] = set()  # names of checkpoints
-        self.sent_record: list[bytes] = []
+        self.sent_metrics: list[bytes] = []
         self.thread: threading.Thread | None = None
         if s.push_to_hub and not silent:
             for stale in (s.out_dir / checkpoint.FOLDER).glob(f"{PINNED}*"):
@@ -180,25 +181,25 @@ class Pusher:
             self.thread = threading.Thread(target=self._work, name="push to hub", daemon=True)
             self.thread.start()
 
-    def send(self, record: Metrics, step: int, folder: Path, written: Future[None]) -> None:
+    def send(self, metrics: Metrics, step: int, folder: Path, written: Future[None]) -> None:
         """Send the checkpoint of `step`, once `written` has succeeded. Returns at once.
 
-        Records what has failed since the last call.
+        Also records failures since the last call.
         """
         if self.thread is None:
             return
         self.step, self.newest, self.written = step, folder, written
-        self._record_failures(record)
+        self._record_failures(metrics)
         written.add_done_callback(functools.partial(self._want, folder))
 
-    def close(self, record: Metrics) -> None:
+    def close(self, metrics: Metrics) -> None:
         """Send the last metrics, and wait a bounded time for what is still to be sent."""
         if self.thread is None:
             return
-        # A write that has just ended may not have left word yet.
+        # The callback of a write that has just ended may not have run yet.
         failed = self.written is not None and self.written.exception() is not None
         with self.changed:
-            self.wanted = self.wanted if failed else self.newest  # again for the last metrics, if it is there
+            self.wanted = self.wanted if failed else self.newest  # again, for the last metrics
             self.closing = True
             self.changed.notify_all()
         self.thread.join(1)
@@ -207,9 +208,12 @@ class Pusher:
             self.thread.join(LAST_WAIT)
         with self.changed:
             if unsent := self.wanted or self.sending:
-                print(f"warning: {unsent.name} is not on the Hub: the same command with --resume sends it")
+                print(
+                    f"warning: {unsent.name} is not on the Hub: "
+                    "run the same command with --resume to upload it"
+                )
                 self.failures.append(f"{unsent.name} was not sent before the end of the run")
-        self._record_failures(record)
+        self._record_failures(metrics)
 
     def _want(self, folder: Path, written: Future[None]) -> None:
         if written.exception() is None:
@@ -217,14 +221,14 @@ class Pusher:
                 self.wanted = folder
                 self.changed.notify_all()
 
-    def _record_failures(self, record: Metrics) -> None:
+    def _record_failures(self, metrics: Metrics) -> None:
         with self.changed:
             failures, self.failures = self.failures, []
         for reason in failures:
-            record.log(self.step, "event", name="push failed", reason=reason)
+            metrics.log(self.step, "event", name="push failed", reason=reason)
 
     def _work(self) -> None:
-        """The thread: send what is wanted, until closed with nothing left to send."""
+        """Run the thread: send what is wanted, until closed with nothing left to send."""
         pause, reported = FIRST_WAIT, ""
         while True:
             with self.changed:
@@ -241,7 +245,7 @@ class Pusher:
                     continue
                 reason = str(failure) if isinstance(failure, UserError) else repr(failure)
                 kind = "outage" if hub.is_transient(failure) else reason
-                if kind != reported:  # once an outage, not once an attempt
+                if kind != reported:  # once per outage, not per retry
                     self.failures.append(f"{folder.name} not sent: {reason}")
                     print(f"warning: {self.failures[-1]}")
                 if self.wanted is None:
@@ -252,15 +256,15 @@ class Pusher:
             pause, reported = min(2 * pause, LONGEST_WAIT), kind
 
     def _try(self, folder: Path) -> BaseException | None:
-        """Push the checkpoint; returns what went wrong, if anything."""
+        """Push the checkpoint. Returns the error, if any."""
         try:
             self._push(folder)
-        except BaseException as error:  # the client's or a bug, even an exit: none may end the run
+        except BaseException as error:  # even an exit: a failed push must never end the run
             return error
         return None
 
     def _push(self, newest: Path) -> None:
-        """One commit: the newest, with --keep-best the best, the record as it is now, no other checkpoint."""
+        """Commit the newest checkpoint, the best with --keep-best, and the metrics; delete others."""
         s, step = self.s, checkpoint.step_of(newest)
         best = run_files.by_validation_loss(s.out_dir)[:1] if s.keep_best else []
         folders = list(dict.fromkeys([newest, *best]))
@@ -272,7 +276,7 @@ class Pusher:
 
                 disable_progress_bars()
                 api, there = remote.client(), remote.look(s.push_to_hub)
-                if there.newest and there.sha != self.head:  # changed by someone else, or never seen
+                if there.newest and there.sha != self.head:  # someone else's commit
                     remote.check_same_run(s.push_to_hub, there, s.out_dir)
                     if there.newest > step:
                         raise UserError(
@@ -282,12 +286,12 @@ class Pusher:
                 held = {folder.name for folder in there.checkpoints}
                 new = [folder for folder in folders if folder.name not in self.sent & held]
                 old = held - {folder.name for folder in folders}
-                record = _read_record(s.out_dir)
-                if not new and not old and record == self.sent_record:
+                current = _read_metrics(s.out_dir)
+                if not new and not old and current == self.sent_metrics:
                     return
                 pinned = [_pin(folder) for folder in new]
-                additions = _additions(record, dict(zip(new, pinned, strict=True)))
-                # One by one: several at once take a pool of threads, which the interpreter's exit waits for.
+                additions = _additions(current, dict(zip(new, pinned, strict=True)))
+                # One by one, because several use a pool of threads for which the interpreter waits at exit.
                 for addition in additions:
                     api.preupload_lfs_files(s.push_to_hub, [addition], free_memory=False)
                 deletions = [CommitOperationDelete(f"{checkpoint.FOLDER}/{name}/") for name in sorted(old)]
@@ -298,7 +302,7 @@ class Pusher:
                     parent_commit=there.sha,
                 )
             self.head = commit.oid
-            self.sent_record = record
+            self.sent_metrics = current
             self.sent |= {folder.name for folder in folders}
             if new:
                 print(f"{newest.name} is on the Hub: {s.push_to_hub}")
@@ -308,7 +312,7 @@ class Pusher:
 
 
 def _pin(folder: Path) -> Path:
-    """A folder of hard links to a checkpoint's files: training may remove the checkpoint while it is sent."""
+    """Hard-link the files of a checkpoint into a folder, because training may remove it while it is sent."""
     pinned = folder.with_name(PINNED + folder.name)
     shutil.rmtree(pinned, ignore_errors=True)
     try:
@@ -321,22 +325,22 @@ def _pin(folder: Path) -> Path:
     return pinned
 
 
-def _read_record(out_dir: Path) -> list[bytes]:
-    """The contents of metrics.jsonl and config.json as they are now."""
-    record = (out_dir / run_files.METRICS).read_bytes()
-    record = record[: record.rfind(b"\n") + 1]  # the last line may still be growing
-    return [record, (out_dir / run_files.CONFIG).read_bytes()]
+def _read_metrics(out_dir: Path) -> list[bytes]:
+    """Read metrics.jsonl and config.json as they are now."""
+    lines = (out_dir / run_files.METRICS).read_bytes()
+    lines = lines[: lines.rfind(b"\n") + 1]  # the last line may still be incomplete
+    return [lines, (out_dir / run_files.CONFIG).read_bytes()]
 
 
-def _additions(record: list[bytes], new: dict[Path, Path]) -> list["CommitOperationAdd"]:
-    """Additions of the run's `record`, and of checkpoints: name -> the folder with the files.
+def _additions(current: list[bytes], new: dict[Path, Path]) -> list["CommitOperationAdd"]:
+    """Build the additions of a commit: `_read_metrics`, and new checkpoints, folder -> source of its files.
 
-    Raises UserError if a checkpoint is damaged: it must not replace a good one.
+    Raises UserError if a checkpoint is damaged, because it must not replace a good one.
     """
     from huggingface_hub import CommitOperationAdd
 
     names = (run_files.METRICS, run_files.CONFIG)
-    additions = [CommitOperationAdd(name, data) for name, data in zip(names, record, strict=True)]
+    additions = [CommitOperationAdd(name, data) for name, data in zip(names, current, strict=True)]
     for folder, source in new.items():
         checkpoint.verify(source)
         there = f"{checkpoint.FOLDER}/{folder.name}"

@@ -1,9 +1,9 @@
-"""A run in a repository of the Hub: what is there, whose it is, fetching files of it.
+"""A run in a repository on the Hub: list it, tell whose it is, fetch files.
 
     USER/NAME/checkpoints/step_000500/       folders as they are on the disk
     USER/NAME/metrics.jsonl, config.json     of the run
 
-The Hub's client is imported where it is used: most runs do without it.
+The Hub's client is imported where it is used, because most runs do not need it.
 """
 
 import re
@@ -18,13 +18,13 @@ from support.cli import UserError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-NETWORK_TIMEOUT = 120  # seconds without a byte; the client itself would wait for ever
+NETWORK_TIMEOUT = 120  # seconds without a byte; the client would wait for ever
 STEP_FILE = re.compile(rf"{checkpoint.FOLDER}/step_\d{{6,}}/\w[\w.-]*")
 
 
 @dataclass
 class Remote:
-    """What a repository holds, at one commit."""
+    """Content of a repository at one commit."""
 
     sha: str
     private: bool
@@ -32,18 +32,18 @@ class Remote:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The folders of its checkpoints, as paths in the repository, newest first."""
+        """Folders of the checkpoints, as paths in the repository, newest first."""
         folders = {Path(file).parent for file in self.files if STEP_FILE.fullmatch(file)}
         return sorted(folders, key=checkpoint.step_of, reverse=True)
 
     @property
     def newest(self) -> int:
-        """The step of its newest checkpoint, 0 if there is none."""
+        """Step of the newest checkpoint, 0 if there is none."""
         return checkpoint.step_of(self.checkpoints[0]) if self.checkpoints else 0
 
 
 def client() -> "HfApi":
-    """The Hub's client, set to give up on a connection that stays silent."""
+    """Return the Hub's client, set to give up on a connection that stays silent."""
     from huggingface_hub import HfApi, get_session
 
     get_session().timeout = NETWORK_TIMEOUT
@@ -51,7 +51,7 @@ def client() -> "HfApi":
 
 
 def look(repo_id: str) -> Remote:
-    """What the repository holds now. Raises UserError if that is not a run that was pushed there."""
+    """List the repository. Raises UserError if it does not hold a pushed run."""
     info = client().model_info(repo_id)
     remote = Remote(info.sha, info.private, [file.rfilename for file in info.siblings])
     is_model = "model.safetensors" in remote.files
@@ -63,9 +63,9 @@ def look(repo_id: str) -> Remote:
 
 
 def check_same_run(repo_id: str, remote: Remote, out_dir: Path) -> None:
-    """Raise UserError if the repository's metrics are of another run than those in the run folder.
+    """Raise UserError if the metrics in the repository belong to another run than those in the run folder.
 
-    Two runs differ in the first step they record, by its time if by nothing else.
+    Two runs differ in the first step that they record, at least in its duration.
     """
     if run_files.METRICS not in remote.files:
         return

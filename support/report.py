@@ -1,4 +1,4 @@
-"""Print what a training run starts from, and its results; write summary.json."""
+"""Print the start and the results of a training run; write samples.txt and summary.json."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def at_start(s: "Settings", trainer: "Trainer", n_tokens: int, steps_done: int) -> None:
-    """Print the model, the data, the batch and the machine. n_tokens: of the training data."""
+    """Print the model, the data, the batch and the machine. n_tokens: tokens of training data."""
     rt, config, B, n = trainer.rt, trainer.model.config, trainer.micro_batch_size, trainer.accumulation_steps
     T, compiled = s.sequence_length, "compiled" if s.compile else "not compiled"
     head_size = config.n_embd // config.n_head
@@ -39,7 +39,7 @@ def at_end(
     samples: list[str] | None,
     figure: "Path | None",
 ) -> None:
-    """Write samples.txt and summary.json; print the results and where they are.
+    """Write samples.txt and summary.json, and print the results and the paths.
 
     seconds: per activity. samples, figure: None if they failed.
     """

@@ -1,4 +1,4 @@
-"""Find and read runs: the names of a run folder's files, and the checkpoint behind a --model.
+"""Find and read runs: the names of their files, and the checkpoint behind a --model.
 
 log/config.json      every setting, the versions, the hardware, the git commit
 log/metrics.jsonl    one record per line: see support/metrics.py
@@ -36,7 +36,7 @@ def recorded_settings(out_dir: Path) -> dict[str, object]:
 
 
 def step_of_summary(out_dir: Path) -> int | None:
-    """The last step of the run that summary.json and samples.txt are of; None without a readable summary."""
+    """Last step of the run when it wrote summary.json and samples.txt; None without a readable summary."""
     try:
         return json.loads((out_dir / SUMMARY).read_text(encoding="utf-8-sig"))["steps"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -44,7 +44,7 @@ def step_of_summary(out_dir: Path) -> int | None:
 
 
 def by_validation_loss(out_dir: Path) -> list[Path]:
-    """The checkpoints whose validation loss is on record, lowest first, of equals the earlier."""
+    """List the checkpoints whose validation loss is recorded, lowest first. Ties go to the earlier step."""
     records = metrics.read(out_dir / METRICS)
     losses = {r["step"]: r["loss"] for r in records if r["kind"] == "val" and r["loss"] is not None}
     found = [path for path in checkpoint.folders(out_dir) if checkpoint.step_of(path) in losses]
@@ -52,7 +52,7 @@ def by_validation_loss(out_dir: Path) -> list[Path]:
 
 
 def best_checkpoint(out_dir: Path) -> Path:
-    """The intact checkpoint with the lowest validation loss. Raises UserError if there is none."""
+    """Return the intact checkpoint with the lowest validation loss. Raises UserError if there is none."""
     best, problems = checkpoint.first_intact(by_validation_loss(out_dir))
     if best is None:
         reason = problems[0] if problems else f"{out_dir}: no checkpoint there has a validation loss"
@@ -62,17 +62,17 @@ def best_checkpoint(out_dir: Path) -> Path:
 
 
 def stale_validations(out_dir: Path) -> tuple[int, int | None]:
-    """How many validations came after that of the lowest loss, and the step of the lowest (None: none)."""
+    """Count the validations after the best one. Also returns the step of the best one, or None."""
     records = [r for r in metrics.read(out_dir / METRICS) if r["kind"] == "val"]
     best = min(((r["loss"], r["step"]) for r in records if r["loss"] is not None), default=(None, -1))[1]
     return sum(r["step"] > best for r in records), None if best < 0 else best
 
 
 def find_model(name: str) -> str:
-    """The folder or Hub name behind a `--model`: for a run, its newest intact checkpoint; RUN:best: its best.
+    """Resolve a `--model` to a folder or Hub name. A run means its newest checkpoint, RUN:best its best.
 
-    Warns on stderr if a newer one is damaged. Raises UserError for a run without checkpoints, and for the
-    default run if there is none.
+    Damaged checkpoints are passed over with a warning on stderr. Raises UserError for a run without
+    checkpoints, and for the default run if there is none.
     """
     folder = Path(name)
     try:
@@ -109,6 +109,6 @@ def find_model(name: str) -> str:
 
 
 def runs_below(folder: Path) -> str:
-    """The end of a message about a missing run: the runs one level below the folder, or nothing."""
+    """Return a hint for an error about a missing run: the runs one level below the folder; or ""."""
     runs = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS}"))
     return f" (runs there: {', '.join(runs)})" if runs else ""

@@ -1,4 +1,4 @@
-"""The run folder as training writes it: lock, settings, metrics, checkpoints, and their copy on the Hub.
+"""The run folder in training: lock, settings, metrics, checkpoints, and their copy on the Hub.
 
 support/run_files.py names the files in it.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from train_gpt2 import Trainer
 
 LOG_SUFFIXES = (".log", ".out", ".err")
-# The files of a run, besides its checkpoints.
+# The files of a run besides its checkpoints.
 NAMES = (
     run_files.CONFIG, run_files.METRICS, run_files.FIGURE, run_files.SAMPLES, run_files.SUMMARY,
     attempts.UNDER_WAY, trackers.TENSORBOARD_FOLDER,
@@ -38,12 +38,12 @@ NAMES = (
 
 
 class RunFolder:
-    """A run on the disk. Every rank calls the same methods; rank 0 writes."""
+    """The run on the disk. Every rank calls the same methods; rank 0 writes."""
 
     def __init__(self, s: "Settings", rt: Runtime, clock: Clock, hub_head: str | None) -> None:
         """Lock the folder and find the checkpoint to resume from.
 
-        hub_head: what `push.prepare` returned.
+        hub_head: the result of `push.prepare`.
         Raises UserError if the folder cannot be used for this run.
         """
         self.settings, self.rt, self.clock, self.hub_head = s, rt, clock, hub_head
@@ -55,12 +55,12 @@ class RunFolder:
                 f"--max-steps {s.max_steps}: the run in {s.out_dir} has already done {self.steps_done} steps"
             )
         self.writer = checkpoint.Writer()
-        self.saved = -1  # the step of the checkpoint that was handed to the writer last
+        self.saved = -1  # step of the checkpoint handed to the writer last
 
     def resume(self, trainer: "Trainer", data: str, facts: dict[str, object]) -> None:
         """Load the newest checkpoint, if there is one, and continue or begin the metrics.
 
-        data: fingerprint of the training data. facts: what config.json records about data and model.
+        data: fingerprint of the training data. facts: entries of config.json about data and model.
         Raises UserError if the checkpoint is damaged or belongs to a run with other settings.
         """
         s, rt = self.settings, self.rt
@@ -78,11 +78,11 @@ class RunFolder:
         return self.rt.is_main and self.writer.is_overdue(self.settings.checkpoint_minutes)
 
     def save(self, step: int, trainer: "Trainer", wait: bool) -> None:
-        """Write the checkpoint of `step` in the background or, with `wait`, before returning.
+        """Write the checkpoint of `step`, in the background or, with `wait`, before returning.
 
-        Does nothing for a step that is on the disk, or that this process started from. With
-        --reload-checkpoints, training continues from what is read back. A failed write is recorded when the
-        next checkpoint is written; if that fails too, it raises UserError.
+        Does nothing if it is on the disk already, or if this process started from it. With
+        --reload-checkpoints, training continues from the checkpoint that was read back. A failed write is
+        recorded when the next checkpoint is written. If that fails too, it raises UserError.
         """
         s, rt = self.settings, self.rt
         if step == self.steps_done:
@@ -91,7 +91,7 @@ class RunFolder:
             return
         self.saved = step
         with self.clock("checkpoints"):
-            # Every rank takes part: each may hold a share of the optimizer state.
+            # Every rank takes part, because each may hold a share of the optimizer state.
             optimizer_state = checkpoint.optimizer_state(trainer.model, trainer.optimizers)
             if rt.is_main:
                 state = {"step": step, "identity": self.fingerprint, "optimizer": optimizer_state}
@@ -121,7 +121,7 @@ class RunFolder:
         return checkpoint.restore(folder, trainer.model, trainer.optimizers, trainer.scaler, self.fingerprint)
 
     def close(self) -> None:
-        """Wait for what is still on its way to the Hub and the trackers."""
+        """Finish sending to the Hub and the trackers."""
         self.pusher.close(self.metrics)
         self.metrics.close()
 
@@ -180,7 +180,7 @@ def _is_run(out_dir: Path) -> bool:
 
 
 def _is_log(path: Path) -> bool:
-    """True if a file is named like a log, is empty as `tee` begins, or receives this process's output."""
+    """True if a file has the name of a log, is empty like a new one of `tee`, or receives our output."""
     if path.suffix in LOG_SUFFIXES or path.stat().st_size == 0:
         return True
     with contextlib.suppress(OSError):
@@ -195,7 +195,7 @@ def claim(s: "Settings") -> tuple[Path | None, FileLock]:
     folder cannot be written, another process trains in it, or its run began with other weights.
     """
     out_dir = s.out_dir
-    check(s)  # again, because hours of fetching may have passed
+    check(s)  # again, after hours of downloading perhaps
     try:
         files.make_folder(out_dir)
         lock = files.lock_folder(out_dir)
@@ -207,7 +207,7 @@ def claim(s: "Settings") -> tuple[Path | None, FileLock]:
         raise UserError(f"{out_dir}: another process is training in it: wait, or use another --out-dir")
     if s.overwrite and _is_run(out_dir):
         checkpoint.remove_all(out_dir)
-        # The settings last: if this is cut off, the rest still counts as a run.
+        # The settings last, so that an interrupted removal still counts as a run.
         for name in reversed(NAMES):
             if os.path.lexists(out_dir / name):
                 files.remove(out_dir / name)
@@ -252,15 +252,15 @@ def open_metrics(s: "Settings", facts: dict[str, object], steps_done: int, silen
 
 
 def tracked_name(out_dir: Path) -> str:
-    """The run's name in trackers: from its config.json, or a new unique one."""
+    """Name of the run in trackers: from its config.json, or a new unique one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((out_dir / run_files.CONFIG).read_text(encoding="utf-8-sig"))["name"])
-    # wandb uses it as an id and restricts the characters of an id.
+    # wandb restricts the characters of an id.
     return re.sub(r"[^A-Za-z0-9_-]", "-", f"{out_dir.resolve().name}-{uuid.uuid4().hex[:8]}")
 
 
 def describe(settings: object, facts: dict[str, object]) -> dict[str, object]:
-    """Return the content of config.json: every setting, the `facts`, the versions, the git commit."""
+    """Build the content of config.json: every setting, the `facts`, the versions, the git commit."""
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -280,7 +280,7 @@ def describe(settings: object, facts: dict[str, object]) -> dict[str, object]:
 
 
 def changed_settings(out_dir: Path, new: dict[str, object]) -> dict[str, list[object]]:
-    """The settings that affect training and differ from the run's config.json: name -> [before, now].
+    """Compare with the run's config.json the settings that affect training: name -> [before, now].
 
     Empty if that file cannot be read.
     """
@@ -292,7 +292,7 @@ def changed_settings(out_dir: Path, new: dict[str, object]) -> dict[str, list[ob
 
 
 def how_to_continue(out_dir: Path, overwrite: bool, processes: int) -> str:
-    """How to continue a stopped run. With --overwrite, the same command would delete it."""
+    """Explain how to continue a stopped run. With --overwrite, the same command would delete it."""
     if not overwrite:
         return "continue with the same command and --resume"
     if processes > 1:

@@ -1,4 +1,4 @@
-"""Processes, device and precision: what differs between a laptop and eight GPUs."""
+"""Processes, device and precision: everything that differs between a laptop and eight GPUs."""
 
 import contextlib
 import dataclasses
@@ -26,24 +26,24 @@ from support.cli import Dtype, UserError
 from support.stop_signal import StopSignal
 
 T = TypeVar("T")
-# How long processes wait for each other before they give up: while one of them fetches data, and after that.
-# The latter is above the longest evaluation, checkpoint or compilation that the others wait for.
+# How long processes wait for each other before they give up: while one of them downloads data, and in
+# training, where it must exceed the longest evaluation, checkpoint or compilation.
 FETCH_TIMEOUT = timedelta(hours=6)
 STEP_TIMEOUT = timedelta(minutes=15)
-# DDP's buckets of gradients, in MiB. A compiled graph is cut at them, and nothing is fused across a cut: with
-# torch's 25 a micro-step of GPT-2 124M moves 5.7 % more bytes than uncut, with 64 1.0 % (BENCHMARKS.md).
+# DDP's gradient buckets, in MiB. They cut the compiled graph, and nothing is fused across a cut. With torch's
+# 25 a micro-step of GPT-2 124M moves 5.7 % more bytes than uncut, with 64 1.0 % (BENCHMARKS.md).
 BUCKET_MB = 64
-# The oldest torch for Apple's GPUs: before, attention gave wrong results there for some shapes of queries and
-# masks (pytorch/pytorch#181151, #184180).
+# The oldest torch for Apple's GPUs. Earlier attention was wrong there for some shapes of queries and masks
+# (pytorch/pytorch#181151, #184180).
 MPS_NEEDS = (2, 13)
 
-# From what few devices are fast at to what all can do: processes on unlike ones take what all can.
+# From the precision of few devices to that of all. Processes on different devices take one that all have.
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs: one of `world_size` processes, each on its own device."""
+    """One of `world_size` processes, each on its own device."""
 
     device: torch.device
     dtype: torch.dtype  # of matrix products; parameters and optimizer states stay fp32
@@ -68,7 +68,7 @@ class Runtime:
             return
         for model in self.ddp_models:
             model.reducer = model.logger = model.process_group = None
-        # After an error NCCL would wait here for the other processes; the end of this one frees its part.
+        # After an error NCCL would wait here for the other processes. The end of this one frees its part.
         if error is None or self.device.type != "cuda":
             dist.destroy_process_group()
 
@@ -82,7 +82,7 @@ class Runtime:
             print(text)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """The context in which the model runs: 16-bit matrix products, or nothing for fp32."""
+        """Context in which the model runs: 16-bit matrix products, or nothing for fp32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -96,29 +96,29 @@ class Runtime:
         return tensor
 
     def mean_and_votes(self, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean of a float32 scalar over all processes, and their votes, float32 (3,), both on the device.
+        """Average a float32 scalar over all processes. Also returns their votes, float32 (3,), on the device.
 
-        The votes: how many processes have received SIGTERM, or SIGINT, or want a checkpoint. They travel with
-        the number because each all-reduce of its own would cost every step its latency.
+        The votes count the processes that have received SIGTERM, or SIGINT, or want a checkpoint. They travel
+        with the number, because a separate all-reduce would cost every step its latency.
         """
         flags = (
             self.stop.number == signal.SIGTERM, self.stop.number == signal.SIGINT, self.stop.wants_checkpoint
         )  # fmt: skip
-        # full_like fills on the device: a copy would wait for it.
+        # full_like fills on the device, because a copy would wait for it.
         shares = [number / self.world_size, *(torch.full_like(number, flag) for flag in flags)]
         mean, *votes = self.all_reduce(torch.stack(shares))
         return mean, torch.stack(votes)
 
     def on_any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
+        """True if the flag is set on any process."""
         return self.max_over_ranks(flag)[0] > 0
 
     def max_over_ranks(self, *numbers: int) -> list[int]:
-        """The highest of each of the numbers on any process."""
+        """Return the maximum of each number over all processes."""
         return self.all_reduce(torch.tensor(numbers, device=self.device, dtype=torch.int64), "MAX").tolist()
 
     def agree(self, number: int) -> bool:
-        """Whether the number is the same on all processes."""
+        """True if the number is the same on all processes."""
         highest, negative_lowest = self.max_over_ranks(number, -number)
         return highest == -negative_lowest
 
@@ -135,7 +135,7 @@ class Runtime:
             torch.mps.synchronize()
 
     def wrap(self, model: nn.Module, compiled: bool) -> tuple[nn.Module, nn.Module]:
-        """The modules to call in training (with DDP if there are several processes) and in validation."""
+        """Return the modules for training (in DDP if there are several processes) and for validation."""
         train_model: nn.Module = model
         if self.world_size > 1:
             train_model = DistributedDataParallel(
@@ -145,31 +145,31 @@ class Runtime:
         if not compiled:
             return train_model, model
         eval_model = torch.compile(model)
-        # DDP is compiled together with the model, so that its all-reduce overlaps with the backward pass.
+        # DDP is compiled with the model, so that its all-reduce overlaps with the backward pass.
         return eval_model if self.world_size == 1 else torch.compile(train_model), eval_model
 
-    def run_on(self, here: bool, work: Callable[[], T], fetches: bool = False) -> T | None:
-        """Do `work` on the processes where `here` is true, while the others wait; None on those.
+    def run_on(self, on_this_rank: bool, work: Callable[[], T], fetches: bool = False) -> T | None:
+        """Do `work` on the processes where `on_this_rank` is true, while the others wait and get None.
 
-        A UserError on one process is raised on all of them, with its text: none waits for a dead one.
-        fetches: the work may take hours, as a download does.
+        A UserError on one process is raised on all of them, with its text, so that none waits for a dead one.
+        fetches: the work may take hours, such as a download.
         """
         group = dist.new_group(timeout=FETCH_TIMEOUT) if fetches and self.world_size > 1 else None
         result, failure = None, None
-        if here:
+        if on_this_rank:
             try:
                 result = work()
             except UserError as error:
                 failure = error
         error = self._first_error(failure, group)
-        if group is not None:  # not earlier: a GPU may still have been at the all-reduces
+        if group is not None:  # only now, because a GPU may have been busy with the all-reduces
             dist.destroy_process_group(group)
         if error:
             raise failure or error
         return result
 
     def _first_error(self, failure: UserError | None, group: dist.ProcessGroup | None) -> UserError | None:
-        """The error of the lowest rank that has one, or None. Every process calls it with its own."""
+        """Return the error of the lowest rank that has one, or None. Every process calls it with its own."""
         failed = torch.tensor(self.world_size if failure is None else self.rank, device=self.device)
         first = int(self.all_reduce(failed, "MIN", group).item())
         if first == self.world_size:
@@ -184,9 +184,9 @@ class Runtime:
 
 
 def world_size() -> int:
-    """How many processes torchrun started, 1 without it.
+    """Return the number of processes that torchrun started, 1 without it.
 
-    Raises UserError if its variables do not fit together, as those that are left over from another start.
+    Raises UserError if its variables contradict each other, such as those left over from another start.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     given = " ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
@@ -212,8 +212,8 @@ def world_size() -> int:
 def start(device: str, dtype: Dtype) -> Runtime:
     """Choose device and precision, and join the other processes if torchrun started this one.
 
-    device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
-    A script that may run as several processes uses it in a `with` block, which leaves the group at its end.
+    device: "auto" (CUDA, else Apple's MPS, else CPU), "cpu", "cuda", "cuda:1", "mps". A script that may run
+    as several processes uses the result in a `with` block, which leaves the group at its end.
     Raises UserError for a device or precision that this machine does not have, or that torch cannot use.
     """
     size = world_size()
@@ -222,8 +222,8 @@ def start(device: str, dtype: Dtype) -> Runtime:
     chosen = _pick_device(device, local_rank, size)
     agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # first of all: torch answers for the current GPU
-        # What autocast leaves in fp32 uses TF32 units; on a CPU this setting would change results.
+        torch.cuda.set_device(chosen)  # first, because torch answers for the current GPU
+        # Products that autocast leaves in fp32 use TF32. On a CPU this setting would change results.
         torch.set_float32_matmul_precision("high")
     rt = Runtime(chosen, pick_dtype(chosen, dtype), rank, local_rank, size, agent)
     if rt.world_size > 1:
@@ -247,18 +247,18 @@ def start(device: str, dtype: Dtype) -> Runtime:
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"WORLD_SIZE={size}: the other processes cannot be reached: {reason}") from error
-        if dtype == "auto":  # gradients of a scaled loss in fp16 and those of bf16 cannot be averaged
+        if dtype == "auto":  # scaled fp16 gradients and bf16 gradients cannot be averaged
             [least] = rt.max_over_ranks(PRECISIONS.index(rt.dtype))
             rt = dataclasses.replace(rt, dtype=PRECISIONS[least])
     return rt
 
 
 def _store_of_this_start() -> dist.Store | None:
-    """Where the processes find each other's addresses; None: where MASTER_ADDR and MASTER_PORT say.
+    """Return the store in which the processes find each other; None: at MASTER_ADDR and MASTER_PORT.
 
     On one machine torchrun keeps one store through all its restarts, with the addresses of dead processes
     still in it (pytorch/pytorch#135712), so every start uses its own keys. With several machines each counts
-    restarts for itself; there torchrun has to be told to make new stores: see workflow.md.
+    restarts for itself, and torchrun must be told to make new stores: see workflow.md.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":

@@ -1,4 +1,4 @@
-"""Sampling: a cache of keys and values, drawing a token, streams of tokens.
+"""Sampling: a key/value cache, drawing a token, and streams of tokens.
 
 A model here is anything with GPT's `config`, `device`, `hidden(idx, attention)` and `head(states)`.
 """
@@ -17,10 +17,9 @@ SAMPLES_PER_PROMPT = 3
 
 
 class KVCache:
-    """Causal attention over all tokens so far: keys and values of B rows, up to `capacity` tokens each.
+    """Key/value cache for causal attention: B rows of up to `capacity` tokens each (see `model.Attention`).
 
-    It stands in for a model's plain causal attention (`model.Attention`). `lengths[b]` counts the tokens of
-    row b; rows may differ, as prompts do.
+    `lengths[b]` counts the tokens of row b. Rows may differ in length.
     """
 
     def __init__(self, n_layer: int, capacity: int, lengths: list[int]) -> None:
@@ -29,7 +28,7 @@ class KVCache:
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
 
     def start(self, T: int, device: torch.device) -> Tensor:
-        """Prepare for a forward pass over T more tokens per row; returns their positions, (B or 1, T)."""
+        """Begin a forward pass over T more tokens per row. Returns their positions, (B or 1, T)."""
         starts, self.lengths = self.lengths, [length + T for length in self.lengths]
         self.end = max(self.lengths)
         # Rows of equal length write a slice and need no mask, unless several tokens join earlier ones.
@@ -44,7 +43,7 @@ class KVCache:
         return self.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v, (B, n_head, T, head size); returns causal attention of q over everything stored."""
+        """Store k and v, (B, n_head, T, head size). Returns causal attention of q over all stored tokens."""
         if self.layers[layer] is None:
             # Zeros rather than empty memory: a masked NaN would still spoil the weighted sum.
             shape = (*k.shape[:2], self.capacity, k.shape[3])
@@ -60,14 +59,14 @@ class KVCache:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, is_causal=causal)
 
     def row(self, b: int) -> "KVCache":
-        """Row b alone, empty, in the same memory: to be filled again."""
+        """Return an empty cache for row b alone, in the same memory."""
         alone = KVCache(len(self.layers), self.capacity, [0])
         alone.layers = [(keys[b : b + 1], values[b : b + 1]) for keys, values in self.layers]
         return alone
 
 
 def prefill(model: nn.Module, rows: list[list[int]], cache: KVCache) -> Tensor:
-    """Run prompts of any lengths through an empty cache; returns the logits after each, (B, vocab_size)."""
+    """Run prompts of any lengths through an empty cache. Returns the logits after each, (B, vocab_size)."""
     lengths = [len(row) for row in rows]
     # Short rows are padded on the right: causal attention hides the padding from the tokens before it, and
     # what it leaves in the cache is overwritten before it can be seen.
@@ -79,7 +78,7 @@ def prefill(model: nn.Module, rows: list[list[int]], cache: KVCache) -> Tensor:
 
 
 def decode_one_token(model: nn.Module, ids: list[int], cache: KVCache) -> Tensor:
-    """Append one token to each row; returns the logits after it, (B, vocab_size)."""
+    """Append one token to each row. Returns the logits after it, (B, vocab_size)."""
     last = torch.tensor(ids, device=model.device)[:, None]
     with hardware.attention_for_many_shapes(model.device):
         return model.head(model.hidden(last, cache)[:, -1])
@@ -88,7 +87,7 @@ def decode_one_token(model: nn.Module, ids: list[int], cache: KVCache) -> Tensor
 def sample(
     logits: Tensor, draws: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Pick an id from each row of logits (B, vocab_size): its distribution, inverted at draws (B,) in [0, 1).
+    """Draw an id from each row of logits (B, vocab_size): invert its distribution at draws (B,) in [0, 1).
 
     Returns int64 (B,) on the CPU. See `GPT.generate` for temperature, top_k and top_p.
     """
@@ -150,7 +149,7 @@ def stream(
 
 
 def draw_samples(model: nn.Module, seed: int) -> list[str]:
-    """What a run shows of its model: continuations of each prompt in turn, 64 tokens by top-50 sampling."""
+    """Sample text from the fixed prompts: 64 tokens each, top-k 50."""
     enc = tokenizer.get_encoding()
     prompts = [enc.encode_ordinary(prompt) for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
     generator = torch.Generator().manual_seed(seed)

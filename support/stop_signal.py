@@ -1,4 +1,4 @@
-"""Signals that stop a run: it finishes the step, or cuts its evaluation off, and saves."""
+"""Signals that stop a run: it finishes the step, or interrupts its evaluation, and saves."""
 
 import os
 import signal
@@ -14,30 +14,30 @@ AGENT_INTERVAL = 1.0  # seconds between looks at whether torchrun is still there
 
 
 class Stopped(Exception):
-    """A signal has cut work off that a resumed run will do again."""
+    """A signal has interrupted work that a resumed run will do again."""
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can stop after the current step or in its evaluation.
+    """Remembers SIGTERM or SIGINT, so that the loop can stop after the current step or during its evaluation.
 
-    Until `listen` is called they end the process at once, as usual.
+    Until `listen` is called, signals end the process at once, as usual.
 
-    The death of torchrun counts as SIGTERM: processes that it has left behind would train on unnoticed, and
-    stand in the way of those that the next one starts. So does Ctrl-Break on Windows, which has no SIGTERM.
-    So does SIGHUP, which a terminal sends when it closes, unless it is ignored, as under nohup.
+    The death of torchrun counts as SIGTERM, because processes without it would train on unnoticed, and block
+    those that the next torchrun starts. So does Ctrl-Break on Windows, which has no SIGTERM, and SIGHUP,
+    which a closing terminal sends, unless it is ignored, as under nohup.
 
     torchrun passes on a signal that the terminal has already sent, so a second one means the same; the third
-    ends the process at once. Python runs its signal handlers between bytecodes, which a backward pass can
-    delay by seconds: a thread that the interpreter wakes from within the signal answers immediately.
+    ends the process at once. Python runs signal handlers between bytecodes, which a backward pass can delay
+    by seconds. So a thread that the interpreter wakes from within the signal answers immediately.
     """
 
     def __init__(self) -> None:
-        self.number = 0  # of the signal that has come
+        self.number = 0  # of the first signal
         self.times = 0
         self.wants_checkpoint = False  # set before a step that all processes should save after
 
     def interrupting(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items. Raises Stopped between two of them once a signal has come."""
+        """Yield the same items. Raises Stopped between two of them once a signal has come."""
         for item in items:
             self.check()
             yield item
@@ -50,7 +50,7 @@ class StopSignal:
     def listen(self, announce: bool, agent: int) -> None:
         """Remember signals from now on.
 
-        announce: say on stderr what the signal does; one process of a run is enough.
+        announce: print on stderr what the signal does; one process of a run is enough.
         agent: the process id of torchrun, whose death to notice; 0: none.
         """
         self.agent = agent
@@ -87,7 +87,7 @@ class StopSignal:
                 print(text, file=sys.stderr, flush=True)
 
     def _look_for_agent(self) -> None:
-        """Stop if torchrun is gone: another process has become this one's parent."""
+        """Stop if torchrun is gone: then another process is this one's parent."""
         if os.getppid() == self.agent:
             return
         self.agent = 0

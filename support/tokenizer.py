@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding, from the rank file in assets/: no download.
+"""GPT-2's byte-pair encoding, from the rank file in assets/, without a download.
 
 enc = get_encoding()
 enc.encode_ordinary("Hello") -> [15496]
@@ -25,25 +25,25 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
 
-# The splitting rule of OpenAI's GPT-2 release. Everything but white space is one group without possessive
-# quantifiers (at the end of a pattern greedy ones match the same): the engine then runs the group as a single
-# automaton, which makes encoding 1.6 times as fast as tiktoken's own spelling of the rule.
+# The splitting rule of OpenAI's GPT-2 release. All alternatives but white space are in one group without
+# possessive quantifiers, so that the engine runs it as a single automaton. That makes encoding 1.6 times as
+# fast as with tiktoken's own spelling. Greedy quantifiers match the same at the end of a pattern.
 SPLIT_PATTERN = (
     r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)"
     r"|\s++$|\s+(?!\S)|\s"
 )
 
 
-# Characters that are encoded at once: the splitting rule's engine gives up on millions of spaces in a row.
+# Characters that are encoded at once, because the engine gives up on millions of spaces in a row.
 PIECE = 2**20
-# The rule always splits between a character that is not white space and a space or newline, so text cut there
-# has the same tokens in parts as in one piece.
+# The rule always splits between a character and a following space or newline, so text cut there has the same
+# tokens in parts as in one piece.
 SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 @functools.cache
 def get_encoding() -> tiktoken.Encoding:
-    """The GPT-2 encoding: 50257 ids, `<|endoftext|>` is 50256.
+    """Return the GPT-2 encoding: 50257 ids, `<|endoftext|>` is 50256.
 
     Raises UserError if the file of ranks is missing or is not the published one.
     """
@@ -54,7 +54,7 @@ def get_encoding() -> tiktoken.Encoding:
     digest = hashlib.sha256(contents).hexdigest()
     if digest != RANKS_SHA256:
         raise UserError(f"{RANKS_FILE}: not GPT-2's ranks (sha256 {digest}): `git checkout assets`")
-    # Not tiktoken's loader: it keeps a copy in the folder for temporary files, and reads that next time.
+    # Not tiktoken's loader, which reads a copy in the folder for temporary files the next time.
     lines = (line.split() for line in contents.splitlines())
     return tiktoken.Encoding(
         name="gpt2",
@@ -68,8 +68,8 @@ def get_encoding() -> tiktoken.Encoding:
 def encode(text: str) -> np.ndarray:
     """Encode any text: ids, uint32 (n,).
 
-    Text that looks like a special token is encoded as plain characters, and a lone surrogate as U+FFFD, as
-    `encode_ordinary` does.
+    Like `encode_ordinary`, encodes text that looks like a special token as plain characters, and a lone
+    surrogate as U+FFFD.
     """
     try:
         parts = [get_encoding().encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
@@ -90,9 +90,9 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def cut(text: str, end: int, begin: int = 0) -> int:
-    """The last place after `begin` and up to `end` where a text can be cut without changing its tokens.
+    """Find the last place after `begin` and up to `end` where a text can be cut without changing its tokens.
 
-    If there is none, as in a megabyte without a space, `end` itself: a few tokens around it are then others.
+    If there is none, as in a megabyte without a space, returns `end`; then a few tokens around it differ.
     """
     safe = SAFE_CUT.match(text, begin, end + 1)
     return safe.end() if safe else end
@@ -143,7 +143,7 @@ def _huggingface_files(model_max_length: int) -> dict[str, str]:
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that byte-pair encoding joins last to make `token`: its line in merges.txt."""
+    """Find the two parts that byte-pair encoding joins last to make `token`: its line in merges.txt."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, VOCAB_SIZE) for a, b in itertools.pairwise(parts)]
@@ -153,7 +153,10 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def _byte_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-ins: visible Latin-1 bytes are themselves, the other 68 are U+0100 onwards."""
+    """Map bytes to GPT-2's printable stand-ins.
+
+    Visible Latin-1 bytes stand for themselves, and the other 68 become U+0100 onwards.
+    """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}

@@ -1,4 +1,4 @@
-"""Trackers: services and programs that draw a run's metrics while it trains.
+"""Trackers: services and programs that draw the metrics of a run while it trains.
 
     --track tensorboard,wandb,trackio
 
@@ -21,14 +21,14 @@ class Tracker(Protocol):
         """Record values, named `kind/key`, of one step."""
 
     def finish(self) -> None:
-        """Send what is left; nothing is logged any more."""
+        """Send what is left. Nothing is logged afterwards."""
 
 
 class TensorBoard:
     def __init__(self, out_dir: Path, name: str, config: dict[str, object], steps_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard leaves out what earlier files in the folder have from this step on.
+        # TensorBoard hides records of earlier files from this step on.
         begin = steps_done + 1 if steps_done else 0
         # A kill costs what has not been flushed: some seconds of a curve.
         self.writer = SummaryWriter(str(out_dir / TENSORBOARD_FOLDER), purge_step=begin, flush_secs=10)
@@ -48,7 +48,7 @@ class WeightsAndBiases:
         self.run = wandb.init(
             project=PROJECT, id=name, name=name, dir=str(out_dir), config=config, resume="allow"
         )
-        # Its own count of steps only rises, and refuses the steps that a resumed run does again.
+        # Its own step counter only rises, and would refuse the steps that a resumed run repeats.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -71,27 +71,27 @@ class Trackio:
     def finish(self) -> None:
         import trackio
 
-        trackio.finish()  # rather than the run's own, which leaves it to be finished again at exit
+        trackio.finish()  # not self.run.finish(), after which it is finished again at exit
 
 
 KINDS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio}  # by package
 
 
 def names(track: str) -> list[str]:
-    """The trackers in a `--track`, each once. Raises UserError if one is unknown or not installed."""
+    """Return the trackers in a `--track`, each once. Raises UserError if one is unknown or not installed."""
     found = list(dict.fromkeys(name.strip() for name in track.split(",") if name.strip()))
     for name in found:
         if name not in KINDS:
             raise UserError(f"--track {track}: {name} is not one of {', '.join(KINDS)}")
         spec = importlib.util.find_spec(name)
-        # A folder of that name, such as the one in which wandb keeps its files, is no package.
+        # A folder of that name, such as the one for wandb's files, is not a package.
         if spec is None or spec.origin is None:
             raise UserError(f"--track {track}: its package is missing: pip install {name}")
     return found
 
 
 def numbers(record: dict[str, object]) -> dict[str, float]:
-    """The numeric values of a record, named `kind/key`."""
+    """Return the numeric values of a record, named `kind/key`."""
     return {
         f"{record['kind']}/{key}": value
         for key, value in record.items()

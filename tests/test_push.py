@@ -182,7 +182,7 @@ def test_a_repository_that_vanishes(
     reasons = [r["reason"] for r in events(run, "push failed")]
     assert "HTTP 404" in reasons[0] and "not sent before the end of the run" in reasons[-1]
     assert not hub.repos  # whoever deleted it meant it
-    assert "the same command with --resume sends it" in capsys.readouterr().out
+    assert "run the same command with --resume to upload it" in capsys.readouterr().out
 
 
 def test_the_wait_at_the_end_is_bounded(

@@ -60,7 +60,9 @@ def test_the_hub_fails(
     failed = [r for r in metrics.read(pushing.out / "metrics.jsonl") if r.get("name") == "push failed"]
     assert failed and "warning: step_" in output
     if not passes:
-        assert f"step_{STEPS:06d} is not on the Hub: the same command with --resume sends it" in output
+        assert (
+            f"step_{STEPS:06d} is not on the Hub: run the same command with --resume to upload it" in output
+        )
         hub.faults.clear()
         done = pushing.finish()
         assert done.returncode == 0, done.stderr
