@@ -1,7 +1,7 @@
-"""How a stream of text becomes shards.
+"""Turn a stream of text into shards.
 
-Each shard appears complete; then the manifest lists it, together with the place in the source where the next
-one begins. So a build that was killed continues after the last complete shard, to the same bytes.
+Each shard appears complete. Then the manifest lists it, together with the place in the source where the next
+shard begins. So a killed build continues after the last complete shard, and produces the same bytes.
 """
 
 import os
@@ -28,7 +28,7 @@ _END_OF_TEXT = np.array([tokenizer.END_OF_TEXT_ID], dtype=np.uint32)
 
 @dataclass(frozen=True)
 class Block:
-    """A handful of documents, read at once."""
+    """A group of documents, read at once."""
 
     file: int
     number: int  # within the file
@@ -41,24 +41,24 @@ class Source(Protocol):
     size: int  # bytes of all files
 
     def describe(self) -> dict[str, object]:
-        """What distinguishes this input from others, for the manifest."""
+        """Describe the input for the manifest, in enough detail to recognise another one."""
 
     def blocks(self, file: int, block: int) -> Iterator[Block]:
-        """The blocks from this one on: the same for every call, wherever it starts."""
+        """Yield the blocks from this one on, the same for every call."""
 
 
 def build(source: Source, out_dir: Path, name: str, shard_size: int = 0, workers: int = 0) -> dict:
-    """Write the source's tokens as shards of `shard_size`, continuing where an earlier call was interrupted.
+    """Write the tokens of the source as shards of `shard_size`, continuing an interrupted build.
 
     shard_size 0: of 100 million tokens, after a validation shard of `validation_size`.
 
-    A document that crosses the end of a shard continues in the next one: no token is lost. The bytes do not
-    depend on `workers` (threads; 0: one per core). Memory: one shard and a few blocks, whatever the size of
-    the source. Returns the manifest.
+    A document that crosses the end of a shard continues in the next one, so no token is lost. The bytes do
+    not depend on `workers` (threads; 0: one per core). Memory: one shard and a few blocks, whatever the size
+    of the source. Returns the manifest.
     Raises UserError if the folder contains shards of something else, or the source no text or too little.
     """
     workers = workers or os.cpu_count() or 1
-    # Looked at before the folder is created: a source that cannot be read must leave nothing behind.
+    # Before the folder is created, so that a source that cannot be read leaves nothing behind.
     recipe = {
         "source": source.describe(),
         "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256},
@@ -75,12 +75,12 @@ def build(source: Source, out_dir: Path, name: str, shard_size: int = 0, workers
 
 
 def validation_size(source: Source, workers: int) -> int:
-    """Tokens for a validation shard: about a hundredth of the source's, from 1,025 to 100 million.
+    """Choose the size of the validation shard: about 1 % of the source's tokens, from 1,025 to 100 million.
 
-    They are counted before anything is written, which encodes a text of up to 10 million tokens twice; beyond
-    that, the bytes they come from say how many there are in all. One more than a multiple of 1,024, so that
-    sequences of that length leave none over.
-    Raises UserError if the source has too few tokens for a sequence of validation and one of training.
+    It counts the tokens before anything is written, which encodes a text of up to 10 million tokens twice.
+    For more, it estimates them by the bytes. The size is one more than a multiple of 1,024, so that sequences
+    of that length leave no rest.
+    Raises UserError if the source has too few tokens for one sequence of validation and one of training.
     """
     tokens = 0
     for block, ids, _ in encoded(source.blocks(0, 0), workers):
@@ -98,7 +98,7 @@ def validation_size(source: Source, workers: int) -> int:
 
 
 def _begin(out_dir: Path, recipe: dict, val_size: int) -> dict:
-    """The manifest of an earlier build with this recipe, or that of a new one."""
+    """Return the manifest of an earlier build with this recipe, or a new one."""
     new = {**recipe, "val_size": val_size, "shards": [], "next": asdict(Place())}
     manifest = shards.read_manifest(out_dir / MANIFEST)
     if manifest is not None:
@@ -109,7 +109,7 @@ def _begin(out_dir: Path, recipe: dict, val_size: int) -> dict:
                 raise UserError(f"--out-dir {out_dir}: its shards differ in {key}{now}: name another folder")
         if not shards.missing(out_dir, manifest):
             return manifest
-        return new  # some were removed: build all again
+        return new  # some were removed, so build all again
     if others := shards.names_in(out_dir):
         raise UserError(
             f"--out-dir {out_dir}: contains shards from elsewhere ({others[0]}): name another folder"
@@ -135,14 +135,14 @@ class ShardWriter:
         return self.filled == self.size
 
     def add(self, tokens: np.ndarray) -> int:
-        """Take as many tokens as the current shard has room for; returns how many."""
+        """Take as many tokens as fit into the current shard; returns their number."""
         part = tokens[: self.size - self.filled]
         self.buffer[self.filled : self.filled + len(part)] = part
         self.filled += len(part)
         return len(part)
 
     def finish_shard(self, following: Place | None) -> None:
-        """Save the shard; the next one begins at `following` (None: there is none)."""
+        """Save the shard. The next one begins at `following` (None: there is none)."""
         number = len(self.manifest["shards"])
         if number == 0:  # so that a build killed after its first shard can continue
             shards.write_manifest(self.out_dir, self.manifest)
@@ -202,9 +202,9 @@ def _save(out_dir: Path, name: str, number: int, tokens: np.ndarray) -> dict[str
 
 
 def encoded(blocks: Iterator[Block], workers: int) -> Iterator[tuple[Block, np.ndarray, int]]:
-    """Each block with its tokens, in order: read by one thread, encoded by `workers`, a few blocks ahead.
+    """Yield each block with its tokens, in order. One thread reads and `workers` encode, a few blocks ahead.
 
-    Threads are enough, and need no copies: tiktoken releases Python's global lock.
+    Threads are enough, and need no copies, because tiktoken releases Python's global lock.
     """
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as encoders:
         pending: deque[tuple[Block, Future]] = deque()
@@ -222,7 +222,7 @@ def encoded(blocks: Iterator[Block], workers: int) -> Iterator[tuple[Block, np.n
 
 
 def encode(texts: list[str | None], continues: bool = False) -> tuple[np.ndarray, int]:
-    """Documents -> (tokens, each document preceded by 50256, uint16 (n,); how many contained no text).
+    """Encode documents, each preceded by 50256: uint16 (n,). Also counts the documents without text.
 
     continues: the first text is the rest of a document, without a 50256.
     """

@@ -1,6 +1,6 @@
-"""Text that comes with every Python installation: enough to try everything without a network.
+"""Text that comes with every Python installation, to try everything without a network.
 
-The language reference, as `pydoc_data.topics` holds it, and the docstrings of the standard library, read
+It consists of the language reference in `pydoc_data.topics` and the docstrings of the standard library, read
 from its source without importing it: about 0.6 million GPT-2 tokens.
 """
 
@@ -30,11 +30,11 @@ class BuiltinCorpus:
         self.size = sum(map(len, self.texts))
 
     def describe(self) -> dict[str, object]:
-        """Each version of Python has its own texts."""
+        """Name the version of Python, because each has its own texts."""
         return {"kind": "builtin", "python": platform.python_version(), "characters": self.size}
 
     def blocks(self, file: int, block: int) -> Iterator[Block]:
-        """The blocks from this one on; there is only one file."""
+        """Yield the blocks from this one on; there is only one file."""
         for number in range(block, -(-len(self.texts) // DOCUMENTS_PER_BLOCK)):
             end = (number + 1) * DOCUMENTS_PER_BLOCK
             done = sum(map(len, self.texts[:end]))
@@ -42,9 +42,9 @@ class BuiltinCorpus:
 
 
 def complete(out_dir: Path) -> None:
-    """Make `out_dir` contain the corpus as token shards, finishing an interrupted build.
+    """Build the corpus in `out_dir` as token shards, or finish an interrupted build.
 
-    A folder of other shards is left alone.
+    A folder of other shards stays as it is.
     """
     manifest = shards.read_manifest(out_dir / shards.MANIFEST)
     if manifest is None:
@@ -57,10 +57,10 @@ def complete(out_dir: Path) -> None:
 
 
 def documents() -> Iterator[str]:
-    """The documents in an order that is well mixed and always the same.
+    """Yield the documents in an order that is well mixed and always the same.
 
     Each is a topic, or the docstrings of a class or function. Long ones come in parts, which are mixed like
-    the rest: kept whole, a few would fill a shard, and validation text would differ from training text.
+    the rest. Otherwise a few would fill a shard, and validation text would differ from training text.
     """
     texts = {f"topic {name}": text.strip() for name, text in topics.topics.items()}
     root = Path(sysconfig.get_path("stdlib"))
@@ -74,7 +74,7 @@ def documents() -> Iterator[str]:
 
 
 def _parts(text: str) -> list[str]:
-    """A text cut at blank lines into parts of at most PART_CHARACTERS, where its paragraphs allow it."""
+    """Cut a text at blank lines into parts of at most PART_CHARACTERS, if its paragraphs are short enough."""
     parts: list[str] = []
     for paragraph in text.split("\n\n"):
         if parts and len(parts[-1]) + len(paragraph) < PART_CHARACTERS:
@@ -85,7 +85,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _docstrings(path: Path, module: str) -> dict[str, str]:
-    """Documented object -> its docstring under its name, followed by those of a class's methods."""
+    """Map documented objects to their docstring under their name, with those of a class's methods below."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old modules contain escapes that newer Pythons warn about

@@ -1,9 +1,9 @@
-"""Token shards from the Hub.
+"""Download token shards from the Hub ahead of training.
 
-    python pre_tokens/fetch_tokens_hf.py                       # ahead of training: all shards of the recipe
+    python pre_tokens/fetch_tokens_hf.py                       # all shards of the recipe
     python pre_tokens/fetch_tokens_hf.py --num-shards 10       # the first ten
 
-train_gpt2.py fetches what it needs by itself.
+train_gpt2.py downloads what it needs by itself.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ PARALLEL_DOWNLOADS = 4
 
 
 def fetch(repo_id: str, data_dir: Path, num_shards: int = 0) -> None:
-    """Make `data_dir` contain the first `num_shards` shards (0: all) of a data set on the Hub.
+    """Download the missing ones of the first `num_shards` shards (0: all) of a data set on the Hub.
 
-    Existing shards stay; an interrupted download continues. Each file's length and SHA-256 are compared with
-    what the Hub and the data set's manifest say before it gets its name. The folder keeps a manifest of the
-    complete data set, so that a later call needs no network to see that nothing is missing. A folder of other
-    shards is left alone.
-    Raises UserError if shards are missing and cannot be fetched, or are not what they should be.
+    Existing shards stay, and an interrupted download continues. A file gets its name only after its length
+    and SHA-256 match the Hub and the manifest of the data set. The folder keeps a manifest of the complete
+    data set, so that a later call needs no network to see that nothing is missing. A folder of other shards
+    stays as it is.
+    Raises UserError if shards are missing and cannot be downloaded, or are not what they should be.
     """
     manifest = shards.read_manifest(data_dir / MANIFEST)
     if manifest and manifest.get("next"):
@@ -58,8 +58,8 @@ def fetch(repo_id: str, data_dir: Path, num_shards: int = 0) -> None:
     for entry in manifest["shards"]:
         _check_entry(entry, on_hub.get(entry["file"]), repo_id)
     if not shards.missing(data_dir, manifest, num_shards):
-        if not (data_dir / MANIFEST).exists():  # else it is another program's
-            with contextlib.suppress(OSError):  # read-only data: the manifest saves the next look at the Hub
+        if not (data_dir / MANIFEST).exists():  # otherwise it belongs to another program
+            with contextlib.suppress(OSError):  # read-only data; the manifest only saves a request
                 shards.write_manifest(data_dir, manifest)
         return
     with shards.locked(data_dir):
@@ -72,11 +72,11 @@ def fetch(repo_id: str, data_dir: Path, num_shards: int = 0) -> None:
 class HubFile:
     path: str  # in the repository
     n_bytes: int
-    sha256: str | None  # the Hub knows it for large files only
+    sha256: str | None  # None for small files
 
 
 def _list_hub(repo_id: str) -> tuple[str, dict[str, HubFile]]:
-    """The newest commit of a data set, and its shards and manifest by file name."""
+    """Return the newest commit of a data set, and its shards and manifest by file name."""
     without_network = "use --preset demo, or --data-dir with a folder of shards"
     with hub.user_errors(f"--dataset-repo {repo_id}", without_network):
         from huggingface_hub import HfApi
@@ -93,7 +93,7 @@ def _list_hub(repo_id: str) -> tuple[str, dict[str, HubFile]]:
 
 
 def _manifest_on_hub(repo_id: str, revision: str, on_hub: dict[str, HubFile]) -> dict:
-    """The data set's manifest; without one, a manifest of what the Hub lists."""
+    """Return the manifest of the data set; without one, build it from the list of files."""
     from huggingface_hub import hf_hub_download
 
     if MANIFEST in on_hub:
@@ -154,19 +154,19 @@ def _download_all(
 
 
 class _NoBar(tqdm):
-    """Hides the client's own bar for each file: there is one for all of them."""
+    """Suppresses the per-file progress bars; one bar covers the whole download."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})
 
 
 def _download(url: str, data_dir: Path, part: Path, entry: dict, bar: tqdm) -> None:
-    """Fetch what is missing of `part`, check the complete file, and give it its name."""
+    """Fetch the rest of `part`, verify the complete file, and give it its name."""
     name, n_bytes = entry["file"], entry["bytes"]
     if part.exists() and part.stat().st_size > n_bytes:
         part.unlink()
     with hub.user_errors(name, "run the same command again to continue"):
-        # The client itself waits and retries on the other statuses.
+        # The client itself retries on the other statuses.
         hub.with_retries(lambda: _continue_download(url, part, n_bytes, bar), retry_on=hub.SERVER_ERRORS)
     if entry["sha256"] and files.sha256_of(part) != entry["sha256"]:
         part.unlink()

@@ -25,25 +25,25 @@ FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT", "87f09149ef4734204d70
 @dataclass
 class Settings:
     source: Literal["fineweb-edu", "builtin"] = "fineweb-edu"
-    """Text without --files or --repo-id: FineWeb-Edu's sample-10BT on the Hub, or Python's documentation."""
+    """Source without --files or --repo-id: FineWeb-Edu's sample-10BT on the Hub or Python's documentation."""
     files: list[str] = field(default_factory=list)
     """Files and globs on this machine: .txt, .jsonl, .jsonl.gz, .parquet."""
     document_separator: str = ""
-    """Separator of documents in a .txt file (\\n and \\t are escapes). Empty: <|endoftext|>, where a file has it; else each file is one document."""  # noqa: E501
+    """Separator of documents in a .txt file (\\n and \\t are escapes). Empty: <|endoftext|> if a file contains it; otherwise each file is one document."""  # noqa: E501
     repo_id: str = ""
     """A data set on the Hub with parquet files, USER/NAME."""
     subset: str = ""
-    """The part of --repo-id to use: a configuration from its page, or a folder. Empty: the default one, or all. Splits for validation and test are left out."""  # noqa: E501
+    """Part of --repo-id: a configuration from its page, or a folder. Empty: the default configuration, or all. Only training splits are used."""  # noqa: E501
     revision: str = "main"
     """Branch, tag or commit of --repo-id. FineWeb-Edu is pinned to one commit unless another is given."""
     text_column: str = "text"
-    """Column or key that holds the text in .jsonl and .parquet files."""
+    """Column or key of the text in .jsonl and .parquet files."""
     out_dir: Path = Path("data/fineweb-edu-10b")
     """Folder for the shards."""
     name: str = ""
     """File name prefix of the shards. Empty: edufineweb or builtin, else the name of --out-dir."""
     shard_size: int = 0
-    """Tokens per shard; the first shard is for validation. 0: 60,000 for builtin, else 100 million; with --files or --repo-id validation gets a hundredth of the text, 1,025 to 100 million."""  # noqa: E501
+    """Tokens per shard; the first shard is for validation. 0: 60,000 for builtin, otherwise 100 million; with --files or --repo-id about 1 % of the text is held out, 1,025 to 100 million."""  # noqa: E501
     workers: int = 0
     """Encoding threads. 0: one per core."""
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def choose_source(s: Settings) -> tuple[build_shards.Source, str]:
-    """The source that the settings ask for, and the name for its shards."""
+    """Return the source that the settings ask for, and the name of its shards."""
     if s.files and s.repo_id:
         raise UserError("--files --repo-id: two sources: drop one of them")
     if (s.files or s.repo_id or s.source == "builtin") and s.out_dir == Settings.out_dir:

@@ -1,8 +1,8 @@
-"""The format of token shards: their names, their contents, the manifest beside them.
+"""Format of token shards: their names, their contents, the manifest beside them.
 
 DIR/NAME_val_000000.npy      the first shard, for validation
 DIR/NAME_train_000001.npy …  one-dimensional uint16, every document preceded by 50256
-DIR/manifest.json            where the text comes from; of each shard its tokens, documents, SHA-256
+DIR/manifest.json            source of the text; tokens, documents and SHA-256 of each shard
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from support.tokenizer import VOCAB_SIZE
 
 Split = Literal["train", "val"]
 
-# No path separators, so that a name from the Hub or a manifest cannot leave the folder. No dot in front:
-# hidden files, such as those that a Mac leaves beside each file on other systems' disks, are no shards.
+# No path separators, so that a name from the Hub or a manifest cannot leave the folder. No leading dot,
+# because Macs leave a hidden file beside each file on other systems' disks.
 SHARD_NAME = re.compile(r"(?P<name>[^./\\:\0][^/\\:\0]*)_(?P<split>train|val)_(?P<number>\d{6})\.npy")
 MANIFEST = "manifest.json"
 SPOT_CHECK_TOKENS = 2**20
@@ -40,11 +40,11 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The data set's name: NAME in NAME_train_000001.npy."""
+        """Name of the data set: NAME in NAME_train_000001.npy."""
         return SHARD_NAME.fullmatch(self.path.name)["name"]
 
     def map(self) -> np.ndarray:
-        """The tokens, uint16 (n_tokens,), as a memory map: only what is read gets into memory."""
+        """Map the tokens, uint16 (n_tokens,), into memory; only the parts that are read take any."""
         try:
             return np.memmap(self.path, np.uint16, "r", self.offset, (self.n_tokens,))
         except (OSError, ValueError) as error:
@@ -54,7 +54,7 @@ class Shard:
 
 
 def open_shard(path: Path) -> Shard:
-    """Check a shard's header, its length, and the ids at both ends.
+    """Check the header, the length, and the ids at both ends of a shard.
 
     Raises UserError unless it is a complete npy file of one-dimensional uint16 ids below 50257.
     """
@@ -107,13 +107,13 @@ def check_ids(tokens: np.ndarray, path: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The file names of the folder's shards, by number; an empty list if there is no folder."""
+    """List the file names of the shards in a folder, by number. Empty if there is no folder."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return in_order(name for name in names if SHARD_NAME.fullmatch(name))
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Shards' names by number. Of equal numbers validation comes first, for sets that count both from 0."""
+    """Sort names of shards by number. Ties put validation first, for data sets that count both from 0."""
 
     def key(name: str) -> tuple[str, bool, str]:
         match = SHARD_NAME.fullmatch(name)
@@ -123,9 +123,9 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def find_shards(data_dir: Path, num_shards: int = 0) -> dict[Split, list[Shard]]:
-    """The folder's shards by split, each split sorted by name and number, all of them checked.
+    """Find and check the shards of a folder, by split, sorted by name and number.
 
-    num_shards: use only the first so many by number, the validation shard included; 0: all.
+    num_shards: use only this many by number, including the validation shard; 0: all.
     Raises UserError if the folder, the training shards or the validation shards are missing.
     """
     if not data_dir.is_dir():
@@ -168,7 +168,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a source the next shard begins: the manifest's "next" while a build is incomplete."""
+    """Place in a source where the next shard begins: the manifest's "next" while a build is incomplete."""
 
     file: int = 0
     block: int = 0
@@ -177,10 +177,10 @@ class Place:
 
 
 def read_manifest(path: Path, where: str = "") -> dict | None:
-    """The manifest in a file; None if there is no file, or a manifest of anything but shards.
+    """Read a manifest. Returns None if there is no file, or if it lists no shards.
 
-    where: how messages name it; the path if left out. Raises UserError on a damaged manifest, or one that
-    names a file outside its folder.
+    where: name of the file in messages; its path if left out. Raises UserError on a damaged manifest, or one
+    that names a file outside its folder.
     """
     where = where or str(path)
     files.check_regular(path)
@@ -216,16 +216,16 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def missing(folder: Path, manifest: dict, num_shards: int = 0) -> list[dict]:
-    """The manifest's entries, of the first `num_shards` (0: all), whose shards are not in the folder."""
+    """List the manifest's entries, of the first `num_shards` (0: all), whose shards are not in the folder."""
     entries = {shard["file"]: shard for shard in manifest["shards"]}
     names = in_order(entries)[: num_shards or None]
     return [entries[name] for name in names if not (folder / name).is_file()]
 
 
 def check_complete(folder: Path, num_shards: int = 0) -> None:
-    """Raise UserError if a shard that the manifest lists, of the first `num_shards` (0: all), is missing.
+    """Raise UserError if a shard in the manifest, of the first `num_shards` (0: all), is missing.
 
-    Training on less data than before must be the user's decision.
+    Only the user may decide to train on less data than before.
     """
     manifest = read_manifest(folder / MANIFEST)
     if manifest and (gone := missing(folder, manifest, num_shards)):
@@ -236,11 +236,11 @@ def check_complete(folder: Path, num_shards: int = 0) -> None:
 
 
 def vocab_size(folder: Path) -> int:
-    """The number of token ids that a model of this folder's shards needs: GPT-2's, or the manifest's."""
+    """Number of token ids that a model of these shards needs: the manifest's, or GPT-2's."""
     return (read_manifest(folder / MANIFEST) or {}).get("vocab_size", VOCAB_SIZE)
 
 
 def describe(folder: Path, used: list[Shard]) -> dict[str, object]:
-    """What a run records of its data: the data sets' names, and where the manifest says they come from."""
+    """Describe the data for config.json: the names of the data sets, and their source by the manifest."""
     manifest = read_manifest(folder / MANIFEST) or {}
     return {"names": sorted({shard.name for shard in used}), "source": manifest.get("source")}

@@ -1,8 +1,8 @@
-"""Where documents come from: local files and data sets on the Hub, read one block at a time.
+"""Read documents from local files and data sets on the Hub, one block at a time.
 
 Files are .txt, .jsonl, .jsonl.gz or .parquet. A block is a few hundred documents, or a megabyte of a long one
-in a .txt file: the memory needed does not depend on the size of the files. Text is read as in text mode: line
-ends of any system become newlines, and a byte order mark is dropped.
+in a .txt file, so the memory needed does not depend on the size of the files. Line ends of any system become
+newlines, and a byte order mark is dropped.
 """
 
 import codecs
@@ -59,17 +59,17 @@ class Files:
         self.description = description
         self.text_column = text_column
         self.separator = separator
-        self.contains_end_of_text = False  # spelt out in a document read so far
+        self.contains_end_of_text = False  # in any document so far
         self.size = sum(file.size for file in files)
 
     def describe(self) -> dict[str, object]:
-        """What the manifest records of the source: enough to notice another one."""
+        """Describe the source for the manifest, in enough detail to recognise another one."""
         files = [{"name": Path(file.name).name, "bytes": file.size} for file in self.files]
         given = {"text_column": self.text_column, "document_separator": self.separator}
         return {**self.description, **given, "files": files}
 
     def blocks(self, file: int, block: int) -> Iterator[Block]:
-        """The blocks from `block` of `file` on; those before are skipped without being encoded.
+        """Yield the blocks from `block` of `file` on. Earlier ones are skipped without being encoded.
 
         Raises UserError if a file cannot be read.
         """
@@ -95,7 +95,7 @@ class Files:
 
 @contextlib.contextmanager
 def _user_errors(name: str) -> Iterator[None]:
-    """Turn the errors of a broken file or connection into a UserError that names the file."""
+    """Turn errors of a broken file or connection into a UserError that names the file."""
     try:
         with hub.translated_errors(name, "run the same command again to continue"):
             yield
@@ -109,19 +109,19 @@ def _user_errors(name: str) -> Iterator[None]:
 
 
 def _read_text(stream: BinaryIO, skip: int, separator: str) -> Iterator[Texts]:
-    """Documents between separators, long ones in parts of about a million characters."""
+    """Yield documents between separators, long ones in parts of about a million characters."""
     for number, block in enumerate(_grouped_parts(_parts(stream, separator))):
         if number >= skip:
             yield block
 
 
 def _parts(stream: BinaryIO, separator: str) -> Iterator[tuple[str, int, bool]]:
-    """Parts of documents, the bytes of the file read by then, and whether each begins one.
+    """Yield parts of documents, the bytes of the file read so far, and True if the part begins a document.
 
-    Without a separator <|endoftext|> is one, where a file has it, together with the line ends around it.
+    Without a separator, <|endoftext|> is one, together with the line ends around it.
     """
     around, separator = ("", separator) if separator else ("\n", END_OF_TEXT)
-    rest, begins, before = "", True, ""  # before: what to remove in front of the document under way
+    rest, begins, before = "", True, ""  # before: characters to strip at the start of the document
     for text in _decoded(stream):
         *complete, rest = (rest + text).split(separator)
         for document in complete:
@@ -129,7 +129,7 @@ def _parts(stream: BinaryIO, separator: str) -> Iterator[tuple[str, int, bool]]:
             if begins or part:
                 yield part, stream.tell(), begins
             begins, before = True, around
-        # The end of the rest may be the beginning of a separator, and must not be cut from what follows.
+        # The end of the rest may be the beginning of a separator, so keep enough of it for the next round.
         while (end := len(rest) - len(around + separator) + 1) >= CHARACTERS_PER_BLOCK:
             end = tokenizer.cut(rest, end)
             part = rest[:end].lstrip(before) if begins else rest[:end]
@@ -141,7 +141,7 @@ def _parts(stream: BinaryIO, separator: str) -> Iterator[tuple[str, int, bool]]:
 
 
 def _grouped_parts(parts: Iterable[tuple[str, int, bool]]) -> Iterator[Texts]:
-    """Groups of parts: only the first of a group may continue a document."""
+    """Group parts. Only the first of a group may continue a document."""
     group, size, read, continues = [], 0, 0, False
     for text, n_bytes, begins in parts:
         if group and (not begins or len(group) == DOCUMENTS_PER_BLOCK or size >= CHARACTERS_PER_BLOCK):
@@ -164,7 +164,7 @@ def _decoded(stream: BinaryIO) -> Iterator[str]:
 
 
 def _read_jsonl(file: File, stream: BinaryIO, skip: int, column: str) -> Iterator[Texts]:
-    """One JSON object per line, its text under the key `column`."""
+    """Read one JSON object per line, with its text under the key `column`."""
     binary = gzip.GzipFile(fileobj=stream) if file.name.lower().endswith(".gz") else stream
     lines = io.TextIOWrapper(binary, encoding="utf-8-sig")
     number = 0
@@ -193,7 +193,7 @@ def _json_text(line: str, name: str, number: int, column: str) -> str | None:
 
 
 def _read_parquet(file: File, stream: BinaryIO, skip: int, column: str) -> Iterator[Texts]:
-    """One column, row group by row group; row groups before the block are not read."""
+    """Read one column, row group by row group. Row groups before the block are not read."""
     table = pyarrow.parquet.ParquetFile(stream)
     if column not in table.schema_arrow.names:
         names = ", ".join(table.schema_arrow.names)
@@ -244,9 +244,9 @@ def _grouped(items: Iterable[Text]) -> Iterator[list[Text]]:
 
 
 def local(patterns: list[str], text_column: str, separator: str = "") -> Files:
-    """The files that names and globs match, those of one glob sorted by name.
+    """Find the files that names and globs match. Those of one glob are sorted by name.
 
-    Raises UserError if one matches no file, or a file of a kind that cannot be read.
+    Raises UserError if a pattern matches no file, or a file of a kind that cannot be read.
     """
     paths = []
     for pattern in patterns:
@@ -268,9 +268,9 @@ def local(patterns: list[str], text_column: str, separator: str = "") -> Files:
 
 
 def on_hub(repo_id: str, subset: str, revision: str, text_column: str) -> Files:
-    """The parquet files of a data set on the Hub, streamed: ranges of bytes are fetched as needed.
+    """Stream the parquet files of a data set on the Hub. Ranges of bytes are fetched as needed.
 
-    subset: a configuration from the data set's card, or a folder; "" for all files.
+    subset: a configuration from the card of the data set, or a folder; "" for all files.
     Raises UserError if the data set, the revision or the subset does not exist.
     """
     what = f"--repo-id {repo_id} --revision {revision}"
@@ -292,7 +292,7 @@ def on_hub(repo_id: str, subset: str, revision: str, text_column: str) -> Files:
         )
     file_system = HfFileSystem()
 
-    # The commit, not the name of a branch: the files must not change while they are read.
+    # A commit, because files of a branch may change while they are read.
     paths = {name: f"datasets/{repo_id}@{info.sha}/{name}" for name in names}
     files = [File(n, sizes[n], functools.partial(file_system.open, paths[n], "rb")) for n in names]
     description = {"kind": "hub", "repo_id": repo_id, "subset": subset, "revision": info.sha}
@@ -305,7 +305,7 @@ def _is_parquet(name: str) -> bool:
 
 
 def training_files(names: list[str], card: dict | None, subset: str) -> list[str]:
-    """The files of a data set that are for training: other splits are left out.
+    """Select the files of a data set that are for training.
 
     subset: a configuration from the card, or a folder; "": the default configuration, or all of them.
     """
@@ -323,7 +323,7 @@ def training_files(names: list[str], card: dict | None, subset: str) -> list[str
 
 
 def _training_patterns(data_files: object) -> list[str]:
-    """Globs of the training files in a configuration's `data_files`."""
+    """Return globs for the training files in the `data_files` of a configuration."""
     if isinstance(data_files, dict) and "path" not in data_files:  # split -> globs
         data_files = [{"split": split, "path": path} for split, path in data_files.items()]
     entries = data_files if isinstance(data_files, list) else [data_files]
@@ -335,7 +335,7 @@ def _training_patterns(data_files: object) -> list[str]:
 
 
 def _named_for_training(names: list[str], folder: str) -> set[str]:
-    """Files in a folder that are for training by the words in their paths, as `datasets.load_dataset` has it.
+    """Select files in a folder by the words in their paths, like `datasets.load_dataset`.
 
     If no path says "train": all that do not belong to another split.
     """

@@ -3,9 +3,9 @@
     python pre_tokens/transfer_tokens_hf.py --folder data/mine --repo-id USER/NAME --dry-run
     python pre_tokens/transfer_tokens_hf.py --folder data/mine --repo-id USER/NAME
 
-The token comes from HF_TOKEN or from `hf auth login`. If interrupted, run the same command again: shards that
-the Hub already has, with the same SHA-256, are not sent twice. To train on
-them, give train_gpt2.py `--dataset-repo USER/NAME --data-dir DIR`.
+The token comes from HF_TOKEN or `hf auth login`. If interrupted, run the same command again: it does not send
+shards again that the Hub already has with the same SHA-256. To train on them, give train_gpt2.py
+`--dataset-repo USER/NAME --data-dir DIR`.
 """
 
 import functools
@@ -23,7 +23,7 @@ from support import cli, hub
 from support.cli import UserError
 from support.files import sha256_of
 
-# The Hub limits commits per hour; files sent before an interruption are not sent again in any case.
+# The Hub limits commits per hour. Files that arrived before an interruption are never sent again.
 SHARDS_PER_COMMIT = 10
 
 
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def manifest_of(folder: Path) -> dict:
-    """The folder's manifest, whose shards must all exist; without one, a manifest of the shards that do."""
+    """Return the manifest of a folder, whose shards must all exist; without one, build it from its shards."""
     if not folder.is_dir():
         raise UserError(f"--folder {folder}: no such folder")
     manifest = shards.read_manifest(folder / shards.MANIFEST)
@@ -93,7 +93,7 @@ def manifest_of(folder: Path) -> dict:
 
 
 def hashes_on_hub(repo_id: str) -> dict[str, str]:
-    """File name -> SHA-256 of the data set's files; an empty dictionary if there is no such data set."""
+    """Map file names of the data set to their SHA-256. Empty if there is no such data set."""
     from huggingface_hub import HfApi
 
     try:
@@ -106,7 +106,7 @@ def hashes_on_hub(repo_id: str) -> dict[str, str]:
 
 
 def send(s: Settings, manifest: dict, new: list[dict]) -> None:
-    """Upload the shards, a few per commit, and the manifest last: with it the data set is complete."""
+    """Upload the shards, a few per commit, and the manifest last, because it makes the data set complete."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
