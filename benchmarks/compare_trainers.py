@@ -1,10 +1,10 @@
-"""A training step and sampling compared with other trainers', in turn, on this machine.
+"""Compare a training step and sampling with other trainers, in turn, on this machine.
 
     python benchmarks/compare_trainers.py --peer build-nanogpt nanoGPT --dtype float32
 
-Each --peer is a folder with build-nanogpt's train_gpt2.py or nanoGPT's model.py. Each side runs in processes
-of its own, A B C A B C, with GPT-2 124M, random weights and equal batches. On a GPU benchmarks/gpu_report.py
-does the same, and compares the losses.
+Each --peer is a folder with build-nanogpt's train_gpt2.py or nanoGPT's model.py. Each side runs in separate
+processes, A B C A B C, with GPT-2 124M, random weights and equal batches. On a GPU, benchmarks/gpu_report.py
+does the same and compares the losses.
 """
 
 import statistics
@@ -42,7 +42,7 @@ class Settings:
 
 
 def sampling_speed(folder: Path | None, new_tokens: int) -> float:
-    """Tokens/s of one sample of the peer's model, or ours, with its own `generate`; 0 if it has none."""
+    """Measure tokens/s of one sample with the `generate` of the peer's model, or ours; 0 if it has none."""
     runtime.start("cpu", "float32")
     torch.manual_seed(0)
     config = GPTConfig()

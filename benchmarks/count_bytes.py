@@ -1,11 +1,11 @@
 # ruff: noqa: E402
-"""Bytes of GPU memory that a micro-step of training moves, as torch.compile's own compiler counts them.
+"""Count the bytes of GPU memory that a micro-step of training moves, with torch.compile's own compiler.
 
     python benchmarks/count_bytes.py --micro-batch-size 64 --loss-chunks 4
 
-Compiles forward and backward of GPT-2 in bf16 for an A100, or for the GPU that is here, and prints what their
-kernels read and write; what one kernel reads twice counts once. Nothing is run. Without a GPU it needs a C++
-compiler, for the fake device of the tests, and Triton: `pip install --no-deps triton`.
+Compiles forward and backward of GPT-2 in bf16 for an A100, or for the GPU that is here. Prints the bytes that
+their kernels read and write; bytes that one kernel reads twice count once. Nothing is run. Without a GPU it
+needs a C++ compiler, for the fake device of the tests, and Triton: `pip install --no-deps triton`.
 """
 
 import copy
@@ -61,7 +61,7 @@ class Settings:
 
 
 def pretend_a_gpu() -> AbstractContextManager:
-    """Let Inductor and Triton find an A100, from now on; inside the context tensors can be on it."""
+    """Let Inductor and Triton find an A100 from now on. Inside the context, tensors can be on it."""
     import fake_device
     import recorder
     import triton
@@ -95,7 +95,7 @@ def pretend_a_gpu() -> AbstractContextManager:
 
 
 def count_large_tensors_whole() -> None:
-    """Inductor counts at most 10^9 elements of a tensor that several operations share, too few for logits."""
+    """Count shared tensors of more than 10^9 elements whole. Inductor's limit is too low for logits."""
     node, name = scheduler.BaseSchedulerNode, "get_read_write_buffer_accesses"
     source = inspect.getsource(getattr(node, name)).replace("int(1e9)", "int(1e15)")
     exec("from __future__ import annotations\nif True:\n" + source, namespace := dict(vars(scheduler)))
@@ -103,7 +103,7 @@ def count_large_tensors_whole() -> None:
 
 
 def compile_graph(totals: list[float], backward: bool, graph: GraphModule, inputs: list[Tensor]) -> Callable:
-    """For torch.compile: prints what Inductor makes of the graph and adds its bytes to `totals`."""
+    """Backend for torch.compile: prints Inductor's kernels for the graph and adds their bytes to `totals`."""
     gm, mode = GraphModule(graph, copy.deepcopy(graph.graph)), detect_fake_mode(inputs)
     with V.set_fake_mode(mode), V.set_debug_handler(debug.DebugContext()):
         post_grad_passes(gm, False)
@@ -121,7 +121,7 @@ def compile_graph(totals: list[float], backward: bool, graph: GraphModule, input
 
 
 def partition(graph: GraphModule, *args: object, **kwargs: object) -> tuple[GraphModule, GraphModule]:
-    """As Inductor does it."""
+    """Partition like Inductor."""
     joint_graph_passes(graph)
     return min_cut_rematerialization_partition(graph, *args, **kwargs)
 

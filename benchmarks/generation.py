@@ -1,11 +1,11 @@
-"""Tokens/s of our sampling, with and without a cache, of transformers', and the most that memory allows.
+"""Measure sampling: tokens/s with and without our cache, of transformers, and the bound by memory.
 
     python benchmarks/generation.py                       # GPT-2 124M with random weights
     python benchmarks/generation.py --model gpt2 --new-tokens 128
 
-In fp32, and in the precision that generate.py chooses on this machine, if that is another. All variants take
-turns in one process, so that a drift in the machine's speed affects all of them. The bound is the time of the
-model's matrix-vector products alone: each weight is read once per token.
+In fp32, and in the precision that generate.py chooses on this machine. All variants take turns in one
+process, so that a drift in the speed of the machine affects all of them. The bound is the time of the model's
+matrix-vector products alone, in which each weight is read once per token.
 """
 
 import json
@@ -45,14 +45,14 @@ class Settings:
 
 
 def without_cache(model: GPT, idx: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Greedy decoding that recomputes the entire context for each token, the head only at its end."""
+    """Decode greedily, recomputing the entire context for each token, and the head only at its end."""
     for _ in range(new_tokens):
         idx = torch.cat([idx, model.head(model.hidden(idx)[:, -1:]).argmax(dim=-1)], dim=1)
     return idx
 
 
 def products_alone(model: GPT, new_tokens: int, product: Callable) -> None:
-    """The matrix-vector products of `new_tokens` tokens, and nothing else."""
+    """Compute only the matrix-vector products of `new_tokens` tokens."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     inputs = {layer.in_features: torch.randn(1, layer.in_features, device=model.device) for layer in layers}
     for _ in range(new_tokens):
@@ -61,7 +61,7 @@ def products_alone(model: GPT, new_tokens: int, product: Callable) -> None:
 
 
 def variants(s: Settings, model: GPT, rt: Runtime, folder: str) -> dict[str, tuple[int, Callable]]:
-    """What is measured in one precision: name -> (samples at once, one call of it)."""
+    """Return the variants in one precision: name -> (samples at once, one call)."""
     import transformers
 
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=rt.dtype).eval().to(s.device)
@@ -75,7 +75,7 @@ def variants(s: Settings, model: GPT, rt: Runtime, folder: str) -> dict[str, tup
     }
 
     def in_precision(work: Callable[..., object], *args: object, **options: object) -> Callable[[], None]:
-        """A call of ours as generate.py makes it: the weights are cast before, not for each token."""
+        """Call our `generate` like generate.py: the weights are cast before, not for each token."""
 
         def call() -> None:
             with rt.autocast(), cast_once(model):

@@ -1,8 +1,8 @@
-"""The parts of gpu_report.py: each measures something on the GPU that is here, and notes what it finds.
+"""Parts of gpu_report.py. Each measures something on this GPU and notes the results.
 
-gpu_report.py runs each in a process of its own and ends it when its time is over. Whatever has been noted by
-then is on the disk, and a measurement that fails is noted as such and does not affect the next one. Here are
-`device` and `speed`; gpu_runs.py has the parts that train.
+gpu_report.py runs each part in a separate process and ends it when its time is over. Results are on the disk
+as soon as they are noted. A measurement that fails is noted, too, and does not affect the next one. `device`
+and `speed` are here; gpu_runs.py has the parts that train.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class Settings:
 
 
 class Part:
-    """Settings, time limit and results of one part; each result is written to disk as soon as it is noted."""
+    """Settings, time limit and results of one part. Results are on the disk once noted."""
 
     def __init__(self, s: Settings, name: str, until: float) -> None:
         """until: when its time is over, of time.monotonic()."""
@@ -72,7 +72,7 @@ class Part:
 
     @property
     def left(self) -> float:
-        """Seconds of its time that are left."""
+        """Seconds that are left."""
         return self.until - time.monotonic()
 
     def note(self, name: str, value: object) -> None:
@@ -81,7 +81,7 @@ class Part:
         files.write_atomically(self.s.results / f"{self.name}.json", json.dumps(self.results, default=str))
 
     def measure(self, name: str, work: Callable[[], T]) -> T | None:
-        """Note what `work` returns, and return it; or note why it failed, and return None."""
+        """Note the result of `work`, and return it. If it fails, note why, and return None."""
         try:
             value = work()
         except Exception as error:  # anything may go wrong on a machine that nobody has tried
@@ -95,13 +95,13 @@ class Part:
         return value
 
     def earlier(self, name: str) -> dict[str, object]:
-        """The results of another part, or {} if it has none."""
+        """Return the results of another part, or {} if it has none."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self.s.results / f"{name}.json").read_text(encoding="utf-8"))
         return {}
 
     def script(self, *command: str) -> str:
-        """What one of the project's scripts prints. Raises UserError with its message if it fails."""
+        """Return the output of one of our scripts. Raises UserError with its message if it fails."""
         line, name = [sys.executable, *command], Path(command[0]).name
         try:
             done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=max(1.0, self.left))
@@ -153,7 +153,7 @@ def device(part: Part) -> None:
 
 
 def describe(rt: Runtime) -> dict[str, object]:
-    """Names and versions of what matters to a measurement."""
+    """Name the hardware and the versions of the software."""
     described = {
         **hardware.describe(rt), "torch": torch.__version__, "python": sys.version.split()[0],
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
@@ -175,7 +175,7 @@ def describe(rt: Runtime) -> dict[str, object]:
 
 
 def median_seconds(work: Callable[[], object], rt: Runtime, repeats: int) -> float:
-    """Median time of `work` on the device, after three calls that do not count."""
+    """Return the median time of `work` on the device, after three calls that do not count."""
     watch = Stopwatch(rt.device)
     for _ in range(3 + repeats):
         watch.start_lap()
@@ -185,9 +185,9 @@ def median_seconds(work: Callable[[], object], rt: Runtime, repeats: int) -> flo
 
 
 def peak_rates(rt: Runtime, tiny: bool) -> dict[str, float]:
-    """The device's rates: products of random matrices in the precision that it trains in, and copying.
+    """Measure peak rates: products of random matrices in the precision of training, and copying.
 
-    A copied byte counts twice: it is read and written.
+    A copied byte counts twice, because it is read and written.
     """
     n, n_bytes = (128, 2**20) if tiny else (8192, min(2**32, torch.cuda.mem_get_info()[0] // 4))
     a, b = torch.randn(2, n, n, device=rt.device, dtype=rt.dtype)
@@ -206,7 +206,7 @@ def peak_rates(rt: Runtime, tiny: bool) -> dict[str, float]:
 
 
 def gpu_tests(part: Part) -> list[dict[str, str]]:
-    """The outcome of each test that needs a GPU; those that have ended, if the time runs out."""
+    """Run the tests that need a GPU. Returns the outcomes of those that have ended in time."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-vv", "-rfEs", "tests/test_gpu.py"]
     log = part.s.out / "logs" / "gpu_tests.txt"
     with open(log, "w", encoding="utf-8") as file, contextlib.suppress(subprocess.TimeoutExpired):
@@ -217,7 +217,7 @@ def gpu_tests(part: Part) -> list[dict[str, str]]:
 
 
 def read_outcomes(output: str) -> list[dict[str, str]]:
-    """The tests and outcomes in what `pytest -vv -rfEs` printed, with the reasons of those that failed."""
+    """Read tests and outcomes from the output of `pytest -vv -rfEs`, with the reasons of failures."""
     outcomes = {}
     for match in re.finditer(r"^\S+\.py::(\S+) (?:.*?)(PASSED|FAILED|ERROR|SKIPPED)", output, re.MULTILINE):
         outcomes[match[1]] = {"test": match[1], "outcome": match[2].lower(), "reason": ""}
@@ -233,7 +233,7 @@ def read_outcomes(output: str) -> list[dict[str, str]]:
 
 
 def speed(part: Part) -> None:
-    """Training speed at the micro-batch that the search finds, what it could be, and other settings."""
+    """Measure the training speed at the micro-batch that the search finds, its bounds, and other settings."""
     alone = part.measure("one_micro_batch", lambda: figures(bench.measure_apart(part.bench())))
     if alone is None:
         return
@@ -255,7 +255,7 @@ def recipe_step(part: Part, B: int, **changes: object) -> bench.Settings:
 
 
 def figures(result: dict[str, object]) -> dict[str, object]:
-    """What the report shows of a measurement by bench.py: one level, with the parts of a step."""
+    """Flatten a measurement of bench.py for the report."""
     names = (
         "micro_batch_size", "optimizer", "compiled", "tokens_per_sec", "mfu", "memory_gb", "step_ms",
         "step_ms_min", "step_ms_max", "loss_chunks", "warmup_s",
@@ -265,7 +265,7 @@ def figures(result: dict[str, object]) -> dict[str, object]:
 
 
 def forecast(part: Part) -> list[dict[str, object]]:
-    """The step of the recipe compared with what `bench.py --plan` says of this GPU."""
+    """Compare the recipe's step with `bench.py --plan` for this GPU."""
     config, length, _ = bench.model_config(part.bench())
     name, memory = "A100", 80.0  # something to try out a CPU with
     if torch.cuda.is_available():
@@ -291,7 +291,7 @@ def forecast(part: Part) -> list[dict[str, object]]:
 
 
 def roofline(part: Part, alone: dict[str, object]) -> dict[str, object]:
-    """Forward and backward of a micro-batch, and the least that its FLOPs and bytes would take (roofline)."""
+    """Measure forward and backward of a micro-batch, and its bounds by FLOPs and bytes (roofline)."""
     rates = part.earlier("device").get("peak_rates", {})
     if "copy_gb_per_sec" not in rates:
         raise UserError("needs the peak rates of the part `device`")
@@ -315,7 +315,7 @@ def roofline(part: Part, alone: dict[str, object]) -> dict[str, object]:
 
 
 def sweep(part: Part, B: int) -> Iterator[dict[str, object]]:
-    """Rows of other attention kernels, micro-batches and so on, while there is time for one more."""
+    """Measure other attention kernels, micro-batches and so on, while there is time for one more."""
     changes = [{}, *({"attention": name} for name in ("flash", "cudnn", "efficient"))]
     changes += [{"micro_batch_size": size} for size in (B // 2, B // 4, 2 * B) if size]
     changes += [{"compile": False}, {"loader": "int64", "sync": True}, {"loss_chunks": 1}]

@@ -1,7 +1,7 @@
-"""What a GPU does with this project, in one report: to run on any GPU box, before renting eight.
+"""Measure this project on a GPU, in one report: run it on any GPU box before you rent eight.
 
     python benchmarks/gpu_report.py --data-dir DIR --minutes 25 --out FOLDER
-    python benchmarks/gpu_report.py --data-dir DIR --out FOLDER --only speed,recipes     # some parts, again
+    python benchmarks/gpu_report.py --data-dir DIR --out FOLDER --only speed,recipes     # repeat some parts
     python benchmarks/gpu_report.py --data-dir DIR --tiny      # a dry run in about a minute, on a CPU too
 
 The parts, in this order:
@@ -12,8 +12,8 @@ The parts, in this order:
     recipes         AdamW, tuned AdamW and Muon over the same tokens
     between-steps   evaluation, checkpoints, sampling, Muon's share of a step
 
-Each runs in a process of its own and is ended when its share of the time is over. report.json, report.md and
-the figures are written after each: a run that is cut off keeps what it has measured.
+Each part runs in a separate process, which ends when its share of the time is over. report.json, report.md
+and the figures are written after each part, so that an interrupted report keeps its results.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ TITLES = {
 
 
 def check(s: Settings) -> list[str]:
-    """The names of the parts to do. Raises UserError on settings that cannot work."""
+    """Return the names of the parts to run. Raises UserError on settings that cannot work."""
     names = [name.strip() for name in s.only.split(",") if name.strip()] or list(PARTS)
     for name in names:
         if name not in PARTS:
@@ -80,12 +80,12 @@ def check(s: Settings) -> list[str]:
 
 
 def log_of(s: Settings, name: str) -> Path:
-    """Where the output of a part is."""
+    """Path of the log of a part."""
     return s.out / "logs" / f"{name}.txt"
 
 
 def in_child(work: Callable[[Part], None], s: Settings, name: str, until: float) -> None:
-    """A part, in its own process: its output goes to a log, its children can be ended together with it."""
+    """Run a part in a child process that writes to a log, and can be ended with its own children."""
     if os.name == "posix":
         os.setsid()
     with open(log_of(s, name), "a") as log:
@@ -96,7 +96,7 @@ def in_child(work: Callable[[Part], None], s: Settings, name: str, until: float)
 
 
 def run_part(work: Callable[[Part], None], s: Settings, name: str, seconds: float) -> str:
-    """Do a part, for at most so many seconds; returns how it ended: "done", or what went wrong."""
+    """Run a part for at most so many seconds. Returns "done", or what went wrong."""
     log_of(s, name).write_text("", encoding="utf-8")
     until = time.monotonic() + seconds - GRACE
     process = multiprocessing.get_context("spawn").Process(target=in_child, args=(work, s, name, until))
@@ -116,7 +116,7 @@ def run_part(work: Callable[[Part], None], s: Settings, name: str, seconds: floa
 
 
 def end(process: multiprocessing.Process) -> None:
-    """Kill a part and all that it has started."""
+    """Kill a part and everything that it has started."""
     if os.name == "posix":
         with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter: macOS, for zombies
             os.killpg(process.pid, signal.SIGKILL)
@@ -128,7 +128,7 @@ def end(process: multiprocessing.Process) -> None:
 
 
 def write(s: Settings, begun: dict[str, object], outcomes: dict[str, dict[str, object]]) -> None:
-    """report.json, report.md and the figures, from what all parts have noted until now."""
+    """Write report.json, report.md and the figures from the results so far."""
     parts = {}
     for name in PARTS:
         with contextlib.suppress(OSError, ValueError):
@@ -149,7 +149,7 @@ def write(s: Settings, begun: dict[str, object], outcomes: dict[str, dict[str, o
 def as_markdown(
     begun: dict[str, object], parts: dict[str, dict[str, object]], figures: dict[str, str]
 ) -> str:
-    """The report for a person: a heading for each part, tables for what it has noted."""
+    """Format the report as text: a heading for each part, and tables."""
     lines = ["# GPU report", "", f"{begun['date']}, commit {begun['git_commit']}", ""]
     lines += [f"    {begun['command']}", ""]
     for name, part in parts.items():
@@ -164,7 +164,7 @@ def as_markdown(
 
 
 def table(value: object) -> list[str]:
-    """The lines of a Markdown table: of a dict with a row each, of a list of dicts with a column per key."""
+    """Format a dict (a row each) or a list of dicts (a column per key) as lines of a Markdown table."""
     if isinstance(value, dict):
         value = [{"": key.replace("_", " "), " ": item} for key, item in value.items()]
     if not isinstance(value, list):
@@ -176,7 +176,7 @@ def table(value: object) -> list[str]:
 
 
 def shown(value: object) -> str:
-    """A value as a table shows it: four digits, thousands separated."""
+    """Format a value for a table: four digits, thousands separated."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
     if isinstance(value, int):
@@ -207,7 +207,7 @@ def draw_recipes(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def draw_losses(curves: dict[str, list[float]], path: Path) -> None:
-    """Training loss of ours and of the peers at each step, and how far each peer's is from ours."""
+    """Draw the training losses of ours and of the peers, and the difference of each peer from ours."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")

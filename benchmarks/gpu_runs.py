@@ -1,4 +1,4 @@
-"""The parts of gpu_report.py that train: the rehearsal, peers, the recipes, what happens between steps."""
+"""Parts of gpu_report.py that train: rehearsal, peers, recipes, and the work between steps."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ from support.runtime import Runtime
 
 
 def rehearsal(part: Part) -> None:
-    """The rehearsal on the given shards, killed by SIGKILL some steps after a checkpoint, and resumed."""
+    """Run the rehearsal on the given shards, SIGKILL it some steps after a checkpoint, and resume it."""
     run = part.s.out.resolve() / "rehearsal"
     interval, kill_after, last = (6, 8, 18) if part.s.tiny else (25, 37, 50)
     every = dict.fromkeys(("val", "hellaswag", "sample", "checkpoint"), interval)
@@ -48,7 +48,7 @@ def rehearsal(part: Part) -> None:
 
 
 def killed_run(part: Part, command: list[str], record: Path, kill_after: int) -> dict[str, object]:
-    """Start a training run, and kill it once its record has a certain step; the record is copied."""
+    """Start a training run, kill it once its metrics contain a certain step, and copy the metrics."""
     log, begin = part.s.out / "logs" / "killed_run.txt", time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, cwd=ROOT)
@@ -73,7 +73,7 @@ def killed_run(part: Part, command: list[str], record: Path, kill_after: int) ->
 
 
 def resumed_run(part: Part, command: list[str], run: Path) -> dict[str, object]:
-    """Continue the killed run: whether repeated steps have the same losses, and what it measured."""
+    """Continue the killed run, and compare the losses of repeated steps."""
     before = train_records(part.s.out / "killed_metrics.jsonl")
     part.script(*command)
     after, records = train_records(run / "metrics.jsonl"), metrics.read(run / "metrics.jsonl")
@@ -105,7 +105,7 @@ def resumed_run(part: Part, command: list[str], run: Path) -> dict[str, object]:
 
 
 def train_records(record: Path) -> dict[int, metrics.Record]:
-    """The records of training steps in a metrics.jsonl, by step."""
+    """Read the records of training steps in a metrics.jsonl, by step."""
     return {r["step"]: r for r in metrics.read(record) if r["kind"] == "train"}
 
 
@@ -113,7 +113,7 @@ def train_records(record: Path) -> dict[int, metrics.Record]:
 
 
 def compare_trainers(part: Part) -> None:
-    """Speed, memory and the losses of 50 steps compared with other trainers, in turn, on equal batches."""
+    """Compare speed, memory and 50 losses with other trainers, in turn, on equal batches."""
     if not part.s.peer:
         part.note("note", "no --peer FOLDER was given")
         return
@@ -133,7 +133,7 @@ def compare_trainers(part: Part) -> None:
 
 
 def one_round(part: Part, found: dict[str, Path], B: int) -> Iterator[dict[str, object]]:
-    """A row for ours, and two for each peer: as it is, and compiled. One that fails says so in its row."""
+    """Measure a row for ours, and two for each peer: as it is, and compiled. A row may be a failure."""
     ours = recipe_step(part, B, steps=2 if part.s.tiny else 5)
     sides: dict[str, Callable[[], dict[str, object]]] = {"ours": lambda: bench.measure_apart(ours)}
     for name, folder in found.items():
@@ -154,7 +154,7 @@ def one_round(part: Part, found: dict[str, Path], B: int) -> Iterator[dict[str, 
 
 
 def compare_losses(part: Part, found: dict[str, Path], B: int) -> dict[str, object]:
-    """The first losses of ours and of each peer, from the same weights, with the same batches."""
+    """Compare the first losses of ours and of each peer, from equal weights and batches."""
     run = part.s.out.resolve() / "peers"
     steps = 5 if part.s.tiny else 50
     length = TINY["sequence_length"] if part.s.tiny else RECIPE.sequence_length
@@ -188,7 +188,7 @@ STARTING_SECONDS = 60  # of a run, its compilation and validations
 
 
 def recipes(part: Part) -> None:
-    """Loss against tokens and seconds of three recipes, their schedules scaled to the steps that fit."""
+    """Train three recipes, their schedules scaled to the steps that fit: loss against tokens and seconds."""
     if part.s.tiny:
         steps, shape = 4, {"val_interval": 2}
     else:
@@ -217,7 +217,7 @@ def recipes(part: Part) -> None:
 
 
 def loss_curve(run: Path) -> dict[str, list[float]]:
-    """A run's validation losses, with the tokens and the seconds of training behind each."""
+    """Return the validation losses of a run, with tokens and seconds of training."""
     tokens, seconds, curve = 0, 0.0, {"tokens": [], "seconds": [], "loss": []}
     for record in metrics.read(run / "metrics.jsonl"):
         if record["kind"] == "train":
@@ -233,7 +233,7 @@ def loss_curve(run: Path) -> dict[str, list[float]]:
 
 
 def between_steps(part: Part) -> None:
-    """HellaSwag, sampling, what evaluations and checkpoints cost a full run, and Muon's share of a step."""
+    """Measure HellaSwag, sampling, the cost of evaluations and checkpoints, and Muon's share of a step."""
     common = ["--json", "--rounds", "1" if part.s.tiny else "3"]
     if part.s.tiny:
         folder = part.s.out.resolve() / "tiny_model"
@@ -258,7 +258,7 @@ def between_steps(part: Part) -> None:
 
 
 def costs(part: Part) -> dict[str, float]:
-    """Seconds of one validation, HellaSwag, samples and checkpoint, each the second of its kind in a run."""
+    """Measure the seconds of the second validation, HellaSwag, samples and checkpoint of a run."""
     flags = part.training_flags(out_dir=part.s.out.resolve() / "between_steps", overwrite=True)
     s = read_settings(flags)
     rt = runtime.start(s.device, s.dtype)
@@ -291,7 +291,7 @@ def costs(part: Part) -> dict[str, float]:
 
 
 def seconds_of(work: Callable[[], object], rt: Runtime) -> float:
-    """Time of one call, to the end of what it gave the device to do."""
+    """Time one call until the device has finished its work."""
     rt.synchronize()
     begin = time.perf_counter()
     work()
@@ -300,7 +300,7 @@ def seconds_of(work: Callable[[], object], rt: Runtime) -> float:
 
 
 def shares_of_full_run(costs: dict[str, float], tokens_per_sec: float) -> list[dict[str, object]]:
-    """What the recipe's evaluations and checkpoints take of its run on this GPU: times, seconds each, share.
+    """Estimate evaluations and checkpoints of a full run on this GPU: times, seconds each, share.
 
     Validation and HellaSwag are scaled to the recipe's validation tokens and the published 10,042 examples.
     """
@@ -323,7 +323,7 @@ def shares_of_full_run(costs: dict[str, float], tokens_per_sec: float) -> list[d
 
 
 def optimizer_shares(part: Part, adamw: dict[str, object]) -> list[dict[str, object]]:
-    """The optimizer's share of the recipe's step, with AdamW and with Muon."""
+    """Measure the optimizer's share of the recipe's step, with AdamW and with Muon."""
     muon = bench.measure_apart(recipe_step(part, adamw["micro_batch_size"], optimizer="muon"))
     return [
         {

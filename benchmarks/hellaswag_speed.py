@@ -1,4 +1,4 @@
-"""HellaSwag examples/s, compared with scoring the four full rows of one example at a time.
+"""Measure HellaSwag examples/s, and compare with scoring the four full rows of one example at a time.
 
     python benchmarks/hellaswag_speed.py --data hellaswag_val.jsonl --limit 100
 
@@ -43,7 +43,7 @@ class Settings:
 
 @torch.no_grad()
 def four_rows(model: GPT, example: hellaswag.Example) -> torch.Tensor:
-    """Summed loss of each ending, (4,): four padded rows, their logits at every position."""
+    """Summed loss of each ending, (4,), from four padded rows with logits at every position."""
     rows = [example.context + ending for ending in example.endings]
     T = max(map(len, rows))
     idx = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=model.device)

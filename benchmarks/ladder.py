@@ -1,4 +1,4 @@
-"""The shapes and the recipes that benchmarks/recipe.py compares."""
+"""Shapes and recipes that benchmarks/recipe.py compares."""
 
 import dataclasses
 import sys
@@ -45,7 +45,7 @@ RUNGS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a run; the sweep searches for its learning rate, starting at `learning_rate`."""
+    """Settings of a run. The sweep searches its learning rate, starting at `learning_rate`."""
 
     learning_rate: float
     optimizer: str = "adamw"
@@ -109,7 +109,7 @@ for base, variants in VARIANTS.items():
 
 
 def base_of(recipe: str) -> str | None:
-    """The recipe that a variant differs from: the longest whose name, with a hyphen, begins the variant's."""
+    """Return the base of a variant: the recipe with the longest name that begins the variant's."""
     while "-" in recipe:
         recipe = recipe.rpartition("-")[0]
         if recipe in RECIPES:

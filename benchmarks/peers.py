@@ -1,8 +1,8 @@
-"""Other trainers' models and steps, to be timed and compared with ours: build-nanogpt's, nanoGPT's.
+"""Models and steps of other trainers, to time and compare with ours: build-nanogpt's, nanoGPT's.
 
-A peer's own file gives the model and its optimizer: the imports, classes and functions at its top level, and
-only these, are run. The rest of a step is as in its script: one loss over all logits, gradients clipped to
-norm 1, a wait for the device. See gpu_report.py --peer.
+A peer's own file provides the model and its optimizer. Only the imports, classes and functions at its top
+level are run. The rest of a step is as in its script: one loss over all logits, gradients clipped to norm 1,
+a wait for the device. See gpu_report.py --peer.
 """
 
 import ast
@@ -41,7 +41,7 @@ PADDED_VOCAB_SIZE = 50304  # with which both train
 
 
 def load(folder: Path) -> types.ModuleType:
-    """The classes and functions of a peer's file. Raises UserError if the folder holds no such file."""
+    """Load the classes and functions of a peer's file. Raises UserError if the folder holds no such file."""
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"--peer {folder}: has neither {' nor '.join(FILES)}: name a peer's folder")
@@ -62,13 +62,13 @@ def load(folder: Path) -> types.ModuleType:
 
 
 def build(peer: types.ModuleType, config: GPTConfig, vocab_size: int) -> nn.Module:
-    """The peer's model in the size of ours."""
+    """Build the peer's model in our size."""
     sizes = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     return peer.GPT(peer.GPTConfig(vocab_size=vocab_size, **sizes))
 
 
 def optimizer_of(model: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Optimizer:
-    """The peer's own optimizer, with the recipe's weight decay and betas."""
+    """Build the peer's own optimizer, with the recipe's weight decay and betas."""
     known = {
         "weight_decay": 0.1, "learning_rate": learning_rate, "betas": (0.9, 0.95),
         "device_type": device.type, "device": device.type,
@@ -84,7 +84,7 @@ def step(
     accumulation_steps: int,
     rt: Runtime,
 ) -> float:
-    """One optimizer step over all its micro-batches, awaited; returns its mean loss."""
+    """Do one optimizer step over all micro-batches, and wait for it. Returns the mean loss."""
     optimizer.zero_grad()
     loss_sum = torch.zeros((), device=rt.device)
     for _ in range(accumulation_steps):
@@ -101,9 +101,9 @@ def step(
 
 
 def speed(folder: Path, s: bench.Settings) -> dict[str, float | None]:
-    """Tokens/s, memory and milliseconds of the peer's step, of as many tokens as bench.py's settings say.
+    """Measure tokens/s, memory and milliseconds of the peer's step, with the tokens of bench.py's settings.
 
-    Its batches come as in its script: a shard in memory as int64, cut where the step waits for it.
+    Its batches are made as in its script: an int64 shard in memory, sliced while the step waits.
     """
     rt = runtime.start(s.device, s.dtype)
     config, length, _ = bench.model_config(s)
@@ -129,9 +129,10 @@ def speed(folder: Path, s: bench.Settings) -> dict[str, float | None]:
 
 
 def losses(folder: Path, config: Path) -> list[float]:
-    """The losses of a peer's model at each step of one of our runs, repeated from its config.json.
+    """Compute the losses of a peer's model at each step of one of our runs, repeated from its config.json.
 
-    The same initial weights, batches, learning rates and precision; without the vocabulary's padding.
+    Initial weights, batches, learning rates and precision are the same. The peer has no padding of the
+    vocabulary.
     """
     s = settings_from_config(config)
     rt = runtime.start(s.device, s.dtype)
@@ -170,7 +171,7 @@ def fits(folder: Path, s: bench.Settings) -> bool:
 
 
 def shared_micro_batch(s: bench.Settings, folders: list[Path], largest: int) -> int:
-    """The largest micro-batch, at most `largest`, that fits for every peer: all sides are given it.
+    """Find the largest micro-batch, at most `largest`, that fits for every peer. All sides use it.
 
     Raises UserError if not even one sequence fits.
     """
@@ -184,13 +185,13 @@ def shared_micro_batch(s: bench.Settings, folders: list[Path], largest: int) -> 
 
 
 def apart(function: Callable[..., T], *arguments: object) -> T:
-    """Call a function in a process of its own, with its own memory and compiled code."""
+    """Call a function in a separate process, with its own memory and compiled code."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def medians(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Of each side the median tokens/s over the rounds, its memory, and our speed in relation to it."""
+    """Return for each side the median tokens/s over the rounds, its memory, and our relative speed."""
     table = []
     rates = {
         side: [row["tokens_per_sec"] for row in rows if row["side"] == side and "tokens_per_sec" in row]

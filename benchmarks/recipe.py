@@ -1,17 +1,17 @@
-"""Which recipe needs the fewest tokens, on a ladder of GPT-2 shapes.
+"""Find the recipe that needs the fewest tokens, on a ladder of GPT-2 shapes.
 
     python benchmarks/recipe.py --data-dir DIR --rungs 2x64 2x128 --seeds 3    # train what has no result yet
     python benchmarks/recipe.py --report                                      # only the table and the figure
 
-Each recipe is trained on each rung at several learning rates, a factor of 1.4 apart, until the best of them
-lies between two others; then at the best one with several seeds and for several lengths, each with its own
-decay. The measure is the tokens after which a recipe has the loss that the reference recipe ends with,
-interpolated between its lengths in the logarithm of the tokens. Seeds are paired: each gives initial weights
-and an order of the data that all recipes share.
+Each recipe is trained on each rung at several learning rates, a factor of 1.4 apart, until the best lies
+between two others. Then it is trained at the best rate with several seeds and for several lengths, each with
+its own decay. The measure is the tokens after which a recipe reaches the final loss of the reference recipe,
+interpolated between its lengths in the logarithm of the tokens. Seeds are paired: each gives all recipes the
+same initial weights and order of the data.
 
-A result is a line of --results, known by its settings: what is there already is not run again, and a run that
-was interrupted continues. So the ladder can grow over days, and on several machines. Results of runs beside
-other work are better without their seconds: delete those.
+A result is a line of --results, identified by its settings. Existing results are not repeated, and an
+interrupted run continues. So the ladder can grow over days, and on several machines. If a run shared its
+machine with other work, delete the seconds of its result.
 """
 
 import concurrent.futures
@@ -67,7 +67,7 @@ class Settings:
 
 
 class Ladder:
-    """Runs that are asked for, from the results or trained now."""
+    """Results of runs, trained now if they are missing."""
 
     def __init__(self, s: Settings) -> None:
         self.s = s
@@ -78,7 +78,7 @@ class Ladder:
         self.started: dict[tuple, concurrent.futures.Future[Result]] = {}
 
     def key(self, rung: str, recipe: str, rate: float, length: float, seed: int) -> Result:
-        """The settings of a run, by which its result is known."""
+        """Settings that identify a result."""
         shape, steps = RUNGS[rung], RUNGS[rung].steps(length)
         flags = {**shape.flags(), **RECIPES[recipe].flags(steps), "learning_rate": rate, "max_steps": steps}
         flags |= {"seed": seed, "val_tokens": VAL_TOKENS, "dtype": self.s.dtype}
@@ -86,13 +86,13 @@ class Ladder:
         return {**about, "length": length, "flags": flags}
 
     def find(self, key: Result) -> Result | None:
-        """The result of the run with these settings."""
+        """Return the result of the run with these settings, or None."""
         return next((r for r in self.results if all(r.get(name) == key[name] for name in key)), None)
 
     def start(
         self, rung: str, recipe: str, rate: float, length: float, seed: int
     ) -> concurrent.futures.Future[Result]:
-        """The run's result, once it is trained."""
+        """Return the future result of a run."""
         run = (rung, recipe, rate, length, seed)
         with self.lock:
             if run not in self.started:
@@ -100,7 +100,7 @@ class Ladder:
             return self.started[run]
 
     def train(self, rung: str, recipe: str, rate: float, length: float, seed: int) -> Result:
-        """Train one run to its end, or find it among the results."""
+        """Train one run to its end, or return its existing result."""
         shape, s = RUNGS[rung], self.s
         key = self.key(rung, recipe, rate, length, seed)
         if other := next((r["data"] for r in self.results if r["data"] != self.data), None):
@@ -141,12 +141,12 @@ class Ladder:
 
     @functools.cached_property
     def data(self) -> str:
-        """The data set's name and its training tokens."""
+        """Name of the data set and its training tokens."""
         found = shards.find_shards(self.s.data_dir)["train"]
         return f"{found[0].name}-{sum(shard.n_tokens for shard in found)}"
 
     def data_dir(self, shape: Rung) -> Path:
-        """The folder of shards in this rung's vocabulary."""
+        """Return the folder of shards in this rung's vocabulary."""
         if shape.vocab_size == tokenizer.VOCAB_SIZE:
             return self.s.data_dir
         folder = self.s.out_dir / f"tokens-{self.data}-{shape.vocab_size}"
@@ -155,7 +155,7 @@ class Ladder:
         return folder
 
     def finish(self, rung: str, recipe: str) -> None:
-        """Every run of this recipe on this rung: the sweep, then the best rate with all seeds and lengths."""
+        """Do all runs of a recipe on a rung: the sweep, then the best rate with all seeds and lengths."""
         rate = self.rate(recipe, self.best_exponent(rung, recipe))
         seeds = range(1, self.s.seeds + 1)
         runs = [self.start(rung, recipe, rate, length, seed) for seed in seeds for length in self.s.lengths]
@@ -166,11 +166,11 @@ class Ladder:
         return RECIPES[recipe].learning_rate * 2 ** (exponent / 2)
 
     def best_exponent(self, rung: str, recipe: str) -> int:
-        """The exponent of the best learning rate at the shortest length with the first seed: its
-        neighbours are worse.
+        """Find the exponent of the best learning rate at the shortest length with the first seed.
 
-        A factor of 2 apart at first, then the square root of 2; the latter at once where a start is known:
-        the best of the rates with results, or that of a variant's base, or of this recipe on a rung below.
+        Its neighbours are worse. The search starts with factors of 2, then of the square root of 2. It begins
+        with the latter if a start is known: the best rate with a result, that of a variant's base, or that of
+        this recipe on a rung below.
         """
         length, base = min(self.s.lengths), base_of(recipe)
         keys = {k: self.key(rung, recipe, self.rate(recipe, k), length, 1) for k in range(-12, 13)}
@@ -188,7 +188,7 @@ class Ladder:
         return best
 
     def exponent_below(self, rung: str, recipe: str) -> int | None:
-        """The exponent of a recipe's best rate on the next rung below that has results."""
+        """Return the exponent of a recipe's best rate on the next rung below that has results."""
         for below in reversed(list(RUNGS)[: list(RUNGS).index(rung)]):
             for runs in recipe_report.best_runs(self.results, below, recipe).values():
                 for run in runs.values():
@@ -197,12 +197,12 @@ class Ladder:
 
 
 def as_loss(value: float | None) -> float:
-    """A run that diverged has no loss."""
+    """Return the loss of a run, infinity if it diverged."""
     return math.inf if value is None else value
 
 
 def outcome(run: Path) -> Result:
-    """What a finished run has to tell: its last validation loss, and the seconds of its steps."""
+    """Read the result of a finished run: its last validation loss, and the seconds of its steps."""
     records = metrics.read(run / "metrics.jsonl")
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     return {

@@ -1,4 +1,4 @@
-"""What the results of benchmarks/recipe.py say: the tokens that recipes save, as tables and a figure."""
+"""Report the results of benchmarks/recipe.py: the tokens that recipes save, as tables and a figure."""
 
 import math
 from collections.abc import Iterable
@@ -21,10 +21,10 @@ EARLIER = "muon-beta2-95"  # the preset before it had AdamW's beta2 at 0.99, whi
 
 
 def tokens_to_reach(target: float, tokens: Iterable[float], losses: Iterable[float]) -> float:
-    """Tokens at which runs of these lengths, each decayed to its end, come down to `target`.
+    """Interpolate the tokens at which runs of these lengths, each decayed to its end, reach `target`.
 
-    Interpolated in the logarithm of the tokens; beyond the shortest and the longest run a straight line goes
-    on for a factor of 2 at most. NaN where that does not reach.
+    Interpolates in the logarithm of the tokens, and extrapolates by a factor of 2 at most. NaN if that does
+    not reach it.
     """
     points = sorted(zip(tokens, losses, strict=True))
     x, y = np.log([t for t, _ in points]), np.array([loss for _, loss in points])
@@ -39,20 +39,20 @@ def tokens_to_reach(target: float, tokens: Iterable[float], losses: Iterable[flo
 
 
 def student_t(freedom: int) -> float:
-    """Half the width of a 95 % confidence interval, in standard errors (NaN for no degree of freedom)."""
+    """Half the width of a 95 % confidence interval in standard errors (NaN without a degree of freedom)."""
     known = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
     return known[freedom] if freedom < len(known) else 2.16
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval (NaN for one value)."""
+    """Return the mean, and half the width of its 95 % confidence interval (NaN for one value)."""
     n = len(values)
     half = student_t(n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return float(np.mean(values)), float(half)
 
 
 def line_at(at: float, x: list[float], y: list[float]) -> tuple[float, float]:
-    """The straight line of least squares through the points, at `at`; half the width of its 95 % interval."""
+    """Fit a straight line by least squares; its value at `at`, and half of its 95 % interval."""
     x, y = np.array(x), np.array(y)
     slope, start = np.polyfit(x, y, 1)
     spread = ((x - x.mean()) ** 2).sum()
@@ -63,7 +63,7 @@ def line_at(at: float, x: list[float], y: list[float]) -> tuple[float, float]:
 
 
 def best_runs(results: list[Result], rung: str, recipe: str) -> Runs:
-    """The runs of a recipe at the rate that is best for its shortest length and the first seed."""
+    """Return the runs of a recipe at the best rate for its shortest length and the first seed."""
     own = [r for r in results if (r["rung"], r["recipe"]) == (rung, recipe) and r["loss"] is not None]
     shortest = min((r["length"] for r in own), default=None)
     sweep = [r for r in own if r["length"] == shortest and r["flags"]["seed"] == 1]
@@ -78,7 +78,7 @@ def best_runs(results: list[Result], rung: str, recipe: str) -> Runs:
 
 
 def shared(*sides: Runs) -> tuple[float, list[int]]:
-    """The longest length that all recipes have, and the seeds with which they all have it."""
+    """Return the longest length that all recipes have, and the seeds with which they all have it."""
     lengths = [{length for runs in side.values() for length in runs} for side in sides]
     longest = max(set.intersection(*lengths), default=0.0)
     seeds = [set(seed for seed, runs in side.items() if longest in runs) for side in sides]
@@ -89,9 +89,9 @@ def shared(*sides: Runs) -> tuple[float, list[int]]:
 
 
 def compare(results: list[Result], rung: str, recipe: str, other: str = REFERENCE) -> Result | None:
-    """A recipe at its best rate compared with another at its own, on one rung; None without common runs.
+    """Compare a recipe at its best rate with another at its own, on one rung. None without common runs.
 
-    "ratio": the tokens after which it has the loss that the other ends with, as a fraction of the other's.
+    "ratio": the tokens after which it reaches the final loss of the other, as a fraction of the other's.
     """
     own, others = best_runs(results, rung, recipe), best_runs(results, rung, other)
     length, seeds = shared(own, others)
@@ -125,10 +125,10 @@ def compare(results: list[Result], rung: str, recipe: str, other: str = REFERENC
 
 
 def vary(results: list[Result], rung: str, recipe: str) -> Result | None:
-    """A variant compared with its base at equal tokens, each at its best rate; None without common runs.
+    """Compare a variant with its base at equal tokens, each at its best rate. None without common runs.
 
-    "saved" is the fraction of the tokens that the lower loss is worth, by what the base's loss falls from its
-    shortest to its longest run: NaN if the base has one length only.
+    "saved" is the fraction of the tokens that the lower loss is worth, by the slope of the base's loss from
+    its shortest to its longest run. NaN if the base has only one length.
     """
     base = best_runs(results, rung, base_of(recipe))
     own = best_runs(results, rung, recipe)
@@ -160,12 +160,12 @@ def vary(results: list[Result], rung: str, recipe: str) -> Result | None:
 
 
 def names(results: list[Result]) -> list[str]:
-    """Every recipe with a result; variants are named "base-…"."""
+    """List every recipe with a result. Variants are named "base-…"."""
     return sorted({r["recipe"] for r in results})
 
 
 def tuned_adamw(results: list[Result], rung: str) -> str | None:
-    """The best AdamW of a rung, of all that were tried there, by what its rate is chosen by too."""
+    """Return the best AdamW of a rung, by the loss that also selects its rate."""
     losses = {}
     for name in names(results):
         runs = best_runs(results, rung, name).get(1) if name.startswith("adamw") else None
@@ -175,7 +175,7 @@ def tuned_adamw(results: list[Result], rung: str) -> str | None:
 
 
 def text(results: list[Result]) -> str:
-    """Both comparisons as tables in Markdown."""
+    """Format both comparisons as tables in Markdown."""
     variants = [name for name in names(results) if base_of(name)]
     varied = [row for name in variants for rung in RUNGS if (row := vary(results, rung, name))]
     lines = [
@@ -232,9 +232,9 @@ def pairs(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def extrapolated(rows: list[Result], size: float) -> tuple[float, float, float] | None:
-    """The ratio at `size` and its 95 % range, by a power law through every seed on three rungs or more.
+    """Extrapolate the ratio to `size` by a power law, with its 95 % range. Needs three rungs.
 
-    Only rungs with the longest runs count: shorter ones favour what is fast at first.
+    Only rungs with the longest runs count, because shorter ones favour recipes that are fast at first.
     """
     longest = max((row["length"] for row in rows), default=0.0)
     rows = [row for row in rows if row["length"] == longest]
@@ -250,12 +250,12 @@ def block_parameters(row: Result) -> int:
 
 
 def with_error(value: float, half: float) -> str:
-    """A difference with its error, which one seed does not have."""
+    """Format a difference with its error, which one seed does not have."""
     return f"{value:+.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
 
 
 def with_range(value: float, low: float, high: float, form: str = ".2f") -> str:
-    """A ratio with its range; empty if there is none, as with runs of one length."""
+    """Format a ratio with its range; empty if there is none, as with runs of one length."""
     if math.isnan(value):
         return ""
     return f"{value:{form}}" + ("" if math.isnan(low) else f" ({low:{form}} to {high:{form}})")

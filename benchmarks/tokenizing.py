@@ -1,9 +1,9 @@
-"""How fast text becomes tokens, compared with a pool that encodes one document at a time.
+"""Measure tokenizing, and compare with a pool that encodes one document at a time.
 
     python benchmarks/tokenizing.py                        # the built-in corpus, ten times over
     python benchmarks/tokenizing.py --files 'books/*.txt'
 
-Both sides take the same documents on the same number of cores, in turn, several rounds. The pool is the
+Both sides encode the same documents on the same number of cores, in turn, for several rounds. The pool is the
 usual way: multiprocessing with `np.array(enc.encode_ordinary(text))` and `imap(chunksize=16)`. Neither writes
 files, and both give the same tokens.
 """

@@ -1,7 +1,8 @@
-"""Token shards over a smaller vocabulary, so that a small model's embedding does not dwarf its blocks.
+"""Token shards over a smaller vocabulary, so that the embedding of a small model does not dwarf its blocks.
 
-Of GPT-2's 124M parameters 31 % are the token embedding; of one with 2 layers of width 64 it would be 97 %.
-The first ids of GPT-2's vocabulary are a byte-pair encoding of their own: the merges learned first.
+The token embedding has 31 % of GPT-2 124M's parameters; with 2 layers of width 64 it would have 97 %. The
+first ids of GPT-2's vocabulary are a byte-pair encoding of their own, with the merges that were learned
+first.
 """
 
 import io
@@ -15,7 +16,7 @@ from support import files, tokenizer
 
 
 def encoding(vocab_size: int) -> tiktoken.Encoding:
-    """GPT-2's encoding with only its first merges; the last of the `vocab_size` ids ends a text."""
+    """GPT-2's encoding with only its first merges. The last of the `vocab_size` ids ends a text."""
     full = tokenizer.get_encoding()
     ranks = {full.decode_single_token_bytes(i): i for i in range(vocab_size - 1)}
     return tiktoken.Encoding(
@@ -27,7 +28,7 @@ def encoding(vocab_size: int) -> tiktoken.Encoding:
 
 
 def reencode(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """GPT-2's ids, uint16 (n,), as ids below `vocab_size`, uint16; ends of text stay where they are."""
+    """Translate GPT-2's ids, uint16 (n,), to ids below `vocab_size`, uint16. Ends of text stay in place."""
     full, small = tokenizer.get_encoding(), encoding(vocab_size)
     ends = np.flatnonzero(tokens == tokenizer.END_OF_TEXT_ID)
     texts = [full.decode(part[part != tokenizer.END_OF_TEXT_ID].tolist()) for part in np.split(tokens, ends)]
