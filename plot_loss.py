@@ -163,7 +163,8 @@ def _draw(names: list[str], series: list[dict], out: Path, log_x: bool, smooth: 
     for kind in rows[-1]:
         axes[kind].set_xlabel("step")
     if "tokens_per_sec" in axes:
-        axes["tokens_per_sec"].set_ylim(0, 1.1 * axes["tokens_per_sec"].dataLim.y1 or 1)
+        highest = axes["tokens_per_sec"].dataLim.y1
+        axes["tokens_per_sec"].set_ylim(0, 1.1 * highest if 0 < highest < math.inf else 1)
         axes["tokens_per_sec"].yaxis.set_major_formatter("{x:,.0f}")
     if "loss" in axes and not log_x:
         axes["loss"].set_ylim(*_loss_limits(series, window))

@@ -21,7 +21,7 @@ TOY = ["--preset", "demo", "--n-layer", "1", "--n-head", "1", "--n-embd", "8", "
 TOY += ["--device", "cpu", "--dtype", "float32"]
 
 
-def test_a_measurement_adds_up(data_dir: Path) -> None:
+def test_parts_of_a_measurement_add_up(data_dir: Path) -> None:
     """The parts make up the step, tokens/s and MFU follow from its time."""
     for loader in ("memmap", "int64"):
         s = bench.Settings(
@@ -63,7 +63,7 @@ def test_two_settings_are_compared_in_turn() -> None:
 
 
 @pytest.mark.parametrize("text", ["compile", "speed=1", "steps=x"])
-def test_settings_to_compare_that_are_none(text: str) -> None:
+def test_invalid_settings_to_compare_are_refused(text: str) -> None:
     with pytest.raises(UserError):
         bench.override(bench.Settings(), text)
 
@@ -118,7 +118,7 @@ def test_in_fp16_gradients_may_overflow_at_first(
         bench.measure(s)
 
 
-def test_bench_does_as_training_does_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_prepares_the_device_like_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps away from faulty attention, and tries out the compiler."""
     asked = []
     monkeypatch.setattr(hardware, "avoid_faulty_attention", lambda *args: asked.append(args))
@@ -130,7 +130,7 @@ def test_bench_does_as_training_does_on_its_device(monkeypatch: pytest.MonkeyPat
     assert asked == [(T, 0.0)]
 
 
-def test_bench_times_the_training_scripts_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_times_the_step_of_the_training_script(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, step = [], Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda *args: steps.append(args) or step(*args))
     s = bench.Settings(
@@ -145,11 +145,11 @@ def test_bench_times_the_training_scripts_own_step(monkeypatch: pytest.MonkeyPat
     ("sizes", "parameters"),
     [((12, 12, 768), 124_439_808), ((24, 16, 1024), 354_823_168), ((48, 25, 1600), 1_557_611_200)],
 )
-def test_parameters_of_the_family(sizes: tuple[int, int, int], parameters: int) -> None:
+def test_parameter_counts_match_the_gpt2_family(sizes: tuple[int, int, int], parameters: int) -> None:
     assert GPTConfig(1024, 50257, *sizes).n_parameters == parameters
 
 
-def test_plan_agrees_with_the_model_and_with_arithmetic() -> None:
+def test_plans_agree_with_the_model_and_with_arithmetic() -> None:
     config = GPTConfig()
     with torch.device("meta"):
         padding = (config.embedding_rows - 50257) * 768
@@ -184,7 +184,7 @@ def test_plan_agrees_with_the_model_and_with_arithmetic() -> None:
         ((48, 25, 1600), 1, 6.06),
     ],
 )
-def test_planned_memory_is_what_the_compiled_step_needs(
+def test_planned_memory_matches_the_compiled_step(
     sizes: tuple[int, int, int], B: int, saved_gb: float
 ) -> None:
     config = GPTConfig(1024, 50257, *sizes)
@@ -212,7 +212,7 @@ def test_plans_leave_room_and_count_buckets() -> None:
 
 
 @pytest.mark.parametrize("hardware", ["8xA100", "A100", "", "0xA100-80GB", "3xA100-80GB", "-1xA100-80GB"])
-def test_plans_for_hardware_that_is_none(hardware: str) -> None:
+def test_plans_for_unknown_hardware_are_refused(hardware: str) -> None:
     with pytest.raises(UserError, match="--plan"):
         planning.plan(hardware, GPTConfig(), 1024, 524_288, 100, mfu=0.5)
 
@@ -221,7 +221,7 @@ def test_plans_for_hardware_that_is_none(hardware: str) -> None:
     ("typed", "meant"),
     [("0xH100-80GB", "1xH100-80GB"), ("1xRTX-4090", "1xRTX4090-24GB"), ("2xt4", "2xT4-16GB")],
 )
-def test_a_plan_suggests_what_may_have_been_meant(typed: str, meant: str) -> None:
+def test_a_plan_for_unknown_hardware_suggests_similar_names(typed: str, meant: str) -> None:
     with pytest.raises(UserError, match=f"did you mean {meant}"):
         planning.plan(typed, GPTConfig(), 1024, 524_288, 100, mfu=0.5)
 
@@ -231,7 +231,7 @@ def test_a_plan_without_a_count_is_for_one_gpu() -> None:
     assert planning.plan("T4-16GB", GPTConfig(), 1024, 524_288, 100, mfu=0.5) == one
 
 
-def test_peaks_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_devices_have_their_peak_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, tflops in (
         ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA H200", 989),
         ("NVIDIA L40S", 362), ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165),
@@ -257,7 +257,7 @@ def test_peaks_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA GeForce GTX 1080", "",
     ],
 )  # fmt: skip
-def test_similar_names_are_other_cards(name: str) -> None:
+def test_similar_names_mean_other_cards(name: str) -> None:
     assert gpus.find(name) is None
 
 
@@ -300,7 +300,7 @@ def test_a_plan_with_recompute_takes_less_memory_and_more_time() -> None:
     assert planning.memory_bytes(config, 1024, 64, recompute=True) == pytest.approx(needed, rel=0.05)
 
 
-def test_a_sweep_recommends_what_training_has(
+def test_a_sweep_recommends_flags_that_training_has(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """train_gpt2.py leaves the attention kernel to PyTorch, so another that is faster is no advice."""

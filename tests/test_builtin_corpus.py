@@ -5,7 +5,7 @@ import json
 from pre_tokens import builtin_corpus
 
 
-def test_the_builtin_corpus_is_documentation_and_always_the_same() -> None:
+def test_the_builtin_corpus_is_deterministic_documentation() -> None:
     documents = list(builtin_corpus.documents())
     assert documents == list(builtin_corpus.documents())
     text = "\n".join(documents)

@@ -27,7 +27,7 @@ def small_model() -> tuple[GPT, torch.optim.AdamW]:
     return model, optimizer
 
 
-def test_a_checkpoint_is_never_seen_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_never_see_an_unfinished_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever step of saving dies, the folder lists whole checkpoints only, and the next save clears up."""
     model, optimizer = small_model()
     state = {"step": 1, "optimizer": checkpoint.optimizer_state(model, [optimizer])}
@@ -53,7 +53,7 @@ def test_a_checkpoint_is_never_seen_unfinished(tmp_path: Path, monkeypatch: pyte
 
 @posix
 @pytest.mark.parametrize("name", ["SHA256SUMS", "model.safetensors"])
-def test_a_pipe_in_a_checkpoint_is_damage(tmp_path: Path, name: str) -> None:
+def test_a_pipe_in_a_checkpoint_counts_as_damage(tmp_path: Path, name: str) -> None:
     model, _ = small_model()
     snapshot = checkpoint.snapshot(model, {})
     older, newer = (checkpoint.save(tmp_path, step, snapshot, keep=2) for step in (1, 2))
@@ -63,7 +63,7 @@ def test_a_pipe_in_a_checkpoint_is_damage(tmp_path: Path, name: str) -> None:
     assert intact == older and f"{newer / name}: not a regular file" in problem
 
 
-def test_a_list_without_the_weights_vouches_for_nothing(tmp_path: Path) -> None:
+def test_checksums_without_the_weights_count_as_damage(tmp_path: Path) -> None:
     model, _ = small_model()
     folder = checkpoint.save(tmp_path, 1, checkpoint.snapshot(model, {}), keep=1)
     sums = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
@@ -73,7 +73,7 @@ def test_a_list_without_the_weights_vouches_for_nothing(tmp_path: Path) -> None:
             checkpoint.verify(folder)
 
 
-def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+def test_sha256sum_accepts_the_checksums(tmp_path: Path) -> None:
     model, _ = small_model()
     folder = checkpoint.save(tmp_path, 7, checkpoint.snapshot(model, {"step": 7}), keep=1)
     lines = (folder / "SHA256SUMS").read_text().splitlines()
@@ -128,7 +128,7 @@ def test_training_continues_while_a_checkpoint_is_written(
     assert all(torch.equal(expected[name], parameter) for name, parameter in model.named_parameters())
 
 
-def test_why_a_checkpoint_could_not_be_written(tmp_path: Path) -> None:
+def test_a_failed_write_gives_its_reason(tmp_path: Path) -> None:
     model, _ = small_model()
     (tmp_path / "checkpoints").write_text("a file")
     writer = checkpoint.Writer()
@@ -138,7 +138,7 @@ def test_why_a_checkpoint_could_not_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_state_moves_between_numbers_of_processes(
+def test_optimizer_state_moves_between_numbers_of_processes(
     train: Callable[..., Path], data_dir: Path, tmp_path: Path
 ) -> None:
     """Of a run with Muon on two processes, whose checkpoint one and three continue, bit for bit.

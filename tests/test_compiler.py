@@ -55,7 +55,7 @@ def test_a_compile_failure_names_the_cause_and_the_fix(message: str, monkeypatch
 
 
 @posix
-def test_a_run_without_a_compiler_ends_before_it_begins(tmp_path: Path, data_dir: Path) -> None:
+def test_a_run_without_a_compiler_ends_before_it_writes(tmp_path: Path, data_dir: Path) -> None:
     flags = as_flags({**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run", "compile": True})
     hidden = {"PATH": str(tmp_path), "CXX": "g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
@@ -77,7 +77,7 @@ def test_a_run_without_a_compiler_ends_before_it_begins(tmp_path: Path, data_dir
         (True, (6, 0), "needs a GPU of sm_70 .V100. or newer, and this one is sm_60: --no-compile"),  # P100
     ],
 )
-def test_where_a_gpu_can_not_be_compiled_for(
+def test_gpus_that_triton_does_not_support_are_not_compiled_for(
     triton: bool, capability: tuple[int, int], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

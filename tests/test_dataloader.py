@@ -49,7 +49,7 @@ def test_an_epoch_visits_each_sequence_once(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny_train_000000.npy", "tiny_train_000009.npy"])
-def test_a_shard_too_short_for_a_sequence_is_all_tail(data_dir: Path, name: str) -> None:
+def test_a_shard_too_short_for_a_sequence_is_skipped(data_dir: Path, name: str) -> None:
     n = len(train_stream(data_dir))
     before = train_stream(data_dir, shuffle=False).read(np.arange(2 * n))
     write_shard(data_dir / name, T)
@@ -60,7 +60,7 @@ def test_a_shard_too_short_for_a_sequence_is_all_tail(data_dir: Path, name: str)
     assert sorted(map(bytes, shuffled)) == sorted(map(bytes, before[:n]))
 
 
-def test_order_changes_with_seed_and_epoch_and_nothing_else(data_dir: Path) -> None:
+def test_order_depends_only_on_seed_and_epoch(data_dir: Path) -> None:
     n = len(train_stream(data_dir))
     epochs = {
         (seed, epoch): train_stream(data_dir, seed).read(np.arange(epoch * n, (epoch + 1) * n)).tobytes()
@@ -74,7 +74,7 @@ def test_order_changes_with_seed_and_epoch_and_nothing_else(data_dir: Path) -> N
     assert again == epochs[2, 1]
 
 
-def test_order_is_the_same_for_every_version(data_dir: Path) -> None:
+def test_order_matches_recorded_values(data_dir: Path) -> None:
     """A run can be resumed with another numpy, or years later, only while these numbers stay."""
     assert permute(np.arange(10), 10, (1, 2, 3)).tolist() == [6, 1, 8, 5, 4, 7, 0, 2, 9, 3]
 
@@ -115,7 +115,7 @@ def test_permute_is_a_permutation(n: int) -> None:
         assert sorted(permute(np.arange(n), n, (key,))) == list(range(n))
 
 
-def test_permute_is_even_and_leaves_no_pattern() -> None:
+def test_permute_is_uniform_and_leaves_no_pattern() -> None:
     """Each number lands everywhere equally often, and neighbours end up unrelated."""
     counts = np.zeros((5, 5))
     for key in range(5000):
@@ -129,7 +129,7 @@ def test_permute_is_even_and_leaves_no_pattern() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 16])
-def test_validation_reads_the_same_tokens_for_any_world(
+def test_validation_tokens_do_not_depend_on_the_world_size(
     data_dir: Path, world_size: int, micro_batch_size: int
 ) -> None:
     stream = TokenStream(find_shards(data_dir)["val"], T)
@@ -143,7 +143,7 @@ def test_validation_reads_the_same_tokens_for_any_world(
     assert sorted(seen) == sorted(bytes(row) for row in stream.read(np.arange(n))[:, :-1].astype(np.int64))
 
 
-def test_shards_are_chosen_by_their_whole_name(data_dir: Path) -> None:
+def test_find_shards_matches_the_whole_name(data_dir: Path) -> None:
     """A training shard of a data set called "val…", a copy and a half download are not validation shards."""
     tokens = np.load(data_dir / "tiny_train_000001.npy")
     for name in (
@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
     assert int(measured.stdout) < 50e6
 
 
-def test_an_id_beyond_gpt2s_is_found_wherever_it_is(tmp_path: Path) -> None:
+def test_an_id_beyond_gpt2s_is_refused_wherever_it_is(tmp_path: Path) -> None:
     """At both ends when the shard is opened, in between when the batch is read."""
     tokens = np.zeros(3 * shards.SPOT_CHECK_TOKENS, np.uint16)
     for place in (5, len(tokens) - 5):

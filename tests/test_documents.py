@@ -71,7 +71,7 @@ def test_both_readmes_have_the_same_figures() -> None:
     assert figures[0] == figures[1]
 
 
-def test_steps_hours_and_shards_are_those_of_the_presets() -> None:
+def test_steps_hours_and_shards_match_the_presets() -> None:
     presets = settings.PRESETS
     for name, steps in re.findall(r"^\| `([\w-]+)`[^|]*\| ([\d,]+) \|", ENGLISH, re.MULTILINE):
         assert presets[name].max_steps == int(steps.replace(",", "")), name
@@ -115,7 +115,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-def test_flags_exist(document: Path) -> None:
+def test_documented_flags_exist(document: Path) -> None:
     modules = [bench, convert, generate, hellaswag, plot_loss, settings, upload_hf]
     modules += [fetch_tokens_hf, handle_tokens, transfer_tokens_hf]
     known = {f.name for module in modules for f in dataclasses.fields(module.Settings)}

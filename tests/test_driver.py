@@ -26,7 +26,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
-def test_a_driver_too_old_for_this_torch(machine: pytest.MonkeyPatch, device: str) -> None:
+def test_an_old_driver_comes_with_a_matching_install_command(
+    machine: pytest.MonkeyPatch, device: str
+) -> None:
     with pytest.raises(UserError) as error:
         runtime.start(device, "auto")
     text = str(error.value)
@@ -48,7 +50,7 @@ def test_a_driver_too_old_for_this_torch(machine: pytest.MonkeyPatch, device: st
         (None, "470.57.02", ["without CUDA", "update the driver"], "pip"),
     ],
 )
-def test_other_reasons(
+def test_other_failures_of_cuda_name_their_reason(
     machine: pytest.MonkeyPatch, cuda: str | None, found: str, says: list[str], not_said: str
 ) -> None:
     machine.setattr(torch.version, "cuda", cuda)
@@ -68,7 +70,7 @@ def test_a_cpu_is_chosen_where_there_is_no_gpu_or_it_is_hidden(machine: pytest.M
     assert runtime.start("auto", "float32").device.type == "cpu"
 
 
-def test_finding_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_driver_reads_the_version_in_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     version = tmp_path / "proc/driver/nvidia/version"
     version.parent.mkdir(parents=True)
@@ -87,7 +89,7 @@ def test_finding_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell script")
-def test_asking_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_driver_asks_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     smi = tmp_path / "nvidia-smi"
     for script, found in (
@@ -113,7 +115,7 @@ def test_asking_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ((13, 0), ["sm_100", "sm_120", "compute_120"], None),  # a later one: compiled when it starts
     ],
 )
-def test_gpus_that_torch_has_no_code_for(
+def test_gpus_without_code_in_this_torch_are_refused(
     machine: pytest.MonkeyPatch, capability: tuple[int, int], built_for: list[str], advice: str | None
 ) -> None:
     machine.setattr(torch.cuda, "is_available", lambda: True)

@@ -89,14 +89,16 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(tmp_path, monkeypatch)
 
 
-def test_a_file_written_atomically(disk: Disk, tmp_path: Path) -> None:
+def test_write_atomically_flushes_before_it_renames(disk: Disk, tmp_path: Path) -> None:
     for text in ("old", "new"):
         files.write_atomically(tmp_path / "file.json", text)
     assert disk.named == ["file.json"] * 2 and disk.verdict() == []
     assert (tmp_path / "file.json").read_text() == "new"
 
 
-def test_a_run(disk: Disk, train: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_flushes_its_files_before_it_renames(
+    disk: Disk, train: Callable[..., Path], tmp_path: Path
+) -> None:
     """Its checkpoints, each after the metrics of the steps that it stands for; and its other files."""
     train("new/run", keep_checkpoints=1, val_interval=0)
     train("new/run", keep_checkpoints=1, val_interval=0, max_steps=8, resume=True)
@@ -118,14 +120,16 @@ class Text:
         return iter([Block(0, n, ["some words " * 20], n + 1) for n in range(block, 3)])
 
 
-def test_shards_that_are_built(disk: Disk, tmp_path: Path) -> None:
+def test_built_shards_are_flushed_before_they_are_named(disk: Disk, tmp_path: Path) -> None:
     build_shards.build(Text(), tmp_path / "new" / "data", "text", shard_size=50, workers=1)
     assert disk.named[:3] == ["manifest.json", "text_val_000000.npy", "manifest.json"]
     assert len(disk.named) > 6
     assert disk.verdict() == []
 
 
-def test_a_shard_that_is_fetched(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetched_shard_is_flushed_before_it_is_named(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = write_shard(tmp_path / "original.npy", 100)
 
     def arrive(url: str, part: Path, n_bytes: int, bar: tqdm) -> None:
@@ -141,7 +145,7 @@ def test_a_shard_that_is_fetched(disk: Disk, tmp_path: Path, monkeypatch: pytest
     assert np.load(tmp_path / "data" / "x_train_000001.npy").shape == (100,)
 
 
-def test_the_spy_notices(disk: Disk, tmp_path: Path) -> None:
+def test_the_spy_notices_a_missing_flush(disk: Disk, tmp_path: Path) -> None:
     """Without this, a spy that sees nothing would pass all tests above."""
     (tmp_path / "a").write_text("a")
     os.replace(tmp_path / "a", tmp_path / "b")
@@ -150,7 +154,7 @@ def test_the_spy_notices(disk: Disk, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_disk_that_is_full_when_metrics_are_flushed(
+def test_a_full_disk_during_a_flush_of_metrics_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some file systems notice only then."""

@@ -93,7 +93,7 @@ def list_in_manifest(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=posix if "pipe" in case else ()) for case in SHARD_DAMAGE]
 )
-def test_bad_shards(
+def test_bad_shards_are_one_line(
     case: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     damage, message = SHARD_DAMAGE[case]
@@ -135,7 +135,7 @@ WITHOUT_SHAPE = {name: value for name, value in TINY.items() if name not in SHAP
 
 
 @pytest.mark.parametrize("case", BAD_SETTINGS)
-def test_bad_settings(
+def test_bad_settings_are_one_line(
     case: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     args, message = BAD_SETTINGS[case]
@@ -166,7 +166,9 @@ BAD_BENCHES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_BENCHES)
-def test_bad_benches(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_bad_settings_of_bench_are_one_line(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     args, message = BAD_BENCHES[case]
     if "--sweep" in args:
         monkeypatch.setattr(bench, "measure_apart", lambda s: bench.measure(s))
@@ -202,7 +204,7 @@ LEFT_OVER: dict[str, tuple[dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("case", LEFT_OVER)
-def test_variables_of_torchrun_that_are_left_over(
+def test_leftover_variables_of_torchrun_are_one_line(
     case: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     variables, message = LEFT_OVER[case]
@@ -213,7 +215,7 @@ def test_variables_of_torchrun_that_are_left_over(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_size_of_one_trains_without_torchruns_other_variables(
+def test_a_world_size_of_one_needs_no_other_variables(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of a job of one process say nothing else."""
@@ -237,7 +239,7 @@ RECORDED: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("case", RECORDED)
-def test_a_recorded_setting_is_checked_as_a_flag_is(
+def test_recorded_settings_are_checked_like_flags(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     changes, message = RECORDED[case]
@@ -265,7 +267,7 @@ def test_a_folder_for_files_suggests_a_glob(
 @pytest.mark.parametrize(
     "source", [["--files", "x.txt"], ["--repo-id", "USER/NAME"], ["--source", "builtin"]]
 )
-def test_other_text_does_not_land_among_fineweb_edus_shards(
+def test_other_text_is_kept_out_of_fineweb_edus_folder(
     source: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     line = fails(handle_tokens.main, source, monkeypatch, capsys)
@@ -282,7 +284,7 @@ def test_settings_become_flags_as_a_user_types_them() -> None:
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"settings": {"n_layer": "many"}}', '{"settings": {"x": 1}}']
 )
-def test_a_config_that_is_none(
+def test_an_invalid_config_is_one_line(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "config.json").write_text(content)
@@ -290,7 +292,7 @@ def test_a_config_that_is_none(
     assert "config.json" in line
 
 
-def test_a_folder_that_holds_a_run_is_left_alone(
+def test_a_folder_that_holds_a_run_stays_unchanged(
     train: Callable[..., Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run = train(max_steps=2)
@@ -313,7 +315,7 @@ BAD_RESUMES: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_RESUMES)
-def test_a_resume_that_would_be_another_run(
+def test_a_resume_with_other_settings_is_refused(
     case: str,
     train: Callable[..., Path],
     data_dir: Path,
@@ -329,7 +331,7 @@ def test_a_resume_that_would_be_another_run(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "config.json", "SHA256SUMS"])
-def test_damaged_checkpoints(
+def test_damaged_checkpoints_are_one_line(
     name: str,
     train: Callable[..., Path],
     data_dir: Path,
@@ -368,7 +370,7 @@ def change_moments(state: dict, change: Callable[[torch.Tensor], object]) -> Non
 
 
 @pytest.mark.parametrize("case", HOSTILE_STATES)
-def test_training_states_that_lie(
+def test_false_training_states_are_one_line(
     case: str,
     train: Callable[..., Path],
     data_dir: Path,
@@ -389,7 +391,7 @@ def test_training_states_that_lie(
     assert "step_000002" in fails(train_gpt2.main, ["--preset", "demo", *flags], monkeypatch, capsys)
 
 
-def test_an_out_dir_that_is_a_file(
+def test_an_out_dir_that_is_a_file_is_refused(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -399,7 +401,7 @@ def test_an_out_dir_that_is_a_file(
         assert f"--out-dir {out_dir}" in line
 
 
-def test_an_out_dir_that_cannot_be_written(
+def test_a_read_only_out_dir_is_refused(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """/proc refuses even the superuser, whom a mode of 0o555 would not stop."""
@@ -419,7 +421,7 @@ def test_an_out_dir_that_cannot_be_written(
         ("1 loss 3\n", "line 1"),
     ],
 )
-def test_logs_that_cannot_be_drawn(
+def test_unreadable_logs_are_one_line(
     content: str | None,
     message: str,
     tmp_path: Path,
@@ -433,7 +435,7 @@ def test_logs_that_cannot_be_drawn(
     assert not (tmp_path / "loss_curves.png").exists()
 
 
-def test_runs_below_are_named(
+def test_errors_name_the_runs_below_a_folder(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Scripts look into log/, where a preset's run may be one level deeper."""
@@ -450,14 +452,14 @@ def test_runs_below_are_named(
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"step": "1", "kind": "val"}', '{"step": 1}', "\x00"])
-def test_a_broken_record_before_the_last(
+def test_a_broken_record_before_the_last_is_refused(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 2, "kind": "val", "loss": 3}}\n')
     assert "line 1" in fails(plot_loss.main, [str(tmp_path)], monkeypatch, capsys)
 
 
-def test_a_figure_format_that_is_none(
+def test_an_unknown_figure_format_is_refused(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run = train(max_steps=2)
@@ -465,7 +467,7 @@ def test_a_figure_format_that_is_none(
     assert not (tmp_path / "a.xyz").exists()
 
 
-def test_as_a_process(tmp_path: Path) -> None:
+def test_errors_of_a_process_are_one_line_and_status_2(tmp_path: Path) -> None:
     write_shard(tmp_path / "x_train_000001.npy", 400)
     flags = as_flags({**TINY, "data_dir": tmp_path, "out_dir": tmp_path / "run"})
     for nproc in (0, 2):

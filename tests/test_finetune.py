@@ -13,7 +13,7 @@ from support import run_files
 
 
 @pytest.mark.slow
-def test_from_a_text_to_samples(tmp_path: Path) -> None:
+def test_fine_tuning_leads_from_text_to_samples(tmp_path: Path) -> None:
     """As workflow.md has it, with a small model in place of GPT-2."""
     torch.manual_seed(0)
     GPT(GPTConfig(96, 50257, 2, 2, 32, dropout=0.0)).save_pretrained(tmp_path / "gpt2")
@@ -41,7 +41,7 @@ def test_from_a_text_to_samples(tmp_path: Path) -> None:
     assert model.generate([[50256]], 8, temperature=0) == model.generate([[50256]], 8, temperature=0)
 
 
-def test_the_preset_is_gpt2_on_ones_own_shards() -> None:
+def test_the_preset_trains_gpt2_on_own_shards() -> None:
     s = PRESETS["finetune"]
     assert (s.init_from, s.dropout, s.keep_best, s.hellaswag_interval) == ("gpt2", 0.1, True, 0)
     assert s.dataset_repo == "none"  # nothing is fetched in place of shards that are missing

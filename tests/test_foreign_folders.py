@@ -59,7 +59,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", FOREIGN)
 @pytest.mark.parametrize("flag", ["", "resume", "overwrite"])
-def test_training_never_writes_into_what_is_not_a_run(
+def test_training_never_writes_into_another_folder(
     case: str, flag: str, train: Train, tmp_path: Path
 ) -> None:
     """Whatever the flags; and the message offers no flag that would."""
@@ -75,7 +75,7 @@ def test_training_never_writes_into_what_is_not_a_run(
     assert contents(folder) == before
 
 
-def test_a_checkpoint_is_not_trained_into(train: Train) -> None:
+def test_training_into_a_checkpoint_is_refused(train: Train) -> None:
     run = train(max_steps=2)
     for inside in ("run/checkpoints/step_000002", "run/checkpoints"):
         before = contents(run)
@@ -85,7 +85,7 @@ def test_a_checkpoint_is_not_trained_into(train: Train) -> None:
         assert contents(run) == before
 
 
-def test_a_new_run_starts_beside_what_harms_nobody(train: Train, tmp_path: Path) -> None:
+def test_a_new_run_starts_beside_harmless_files(train: Train, tmp_path: Path) -> None:
     """Other runs, hidden files, the log file that the output goes to; --overwrite has nothing to delete."""
     folder = tmp_path / "run"
     (folder / "tensorboard" / "another's").mkdir(parents=True)
@@ -97,9 +97,7 @@ def test_a_new_run_starts_beside_what_harms_nobody(train: Train, tmp_path: Path)
     assert before <= contents(folder).keys() and (folder / "tensorboard" / "another's").is_dir()
 
 
-def test_the_file_that_output_goes_to_may_have_any_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_log_of_the_output_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "output").write_text("x")
     assert run_folder._not_of_a_run(tmp_path) == "output"
     status = (tmp_path / "output").stat()
@@ -114,14 +112,14 @@ def test_a_run_with_a_damaged_config_is_still_a_run(train: Train) -> None:
     assert [r["step"] for r in history(run, kinds=("train",))] == [1, 2, 3]
 
 
-def test_a_file_in_place_of_the_run_folder(train: Train, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_run_folder_is_refused(train: Train, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x")
     with pytest.raises(UserError, match=r"--out-dir .*run: not a folder: name another"):
         train(overwrite=True)
     assert (tmp_path / "run").read_text() == "x"
 
 
-def test_overwrite_leaves_what_is_not_the_runs(train: Train) -> None:
+def test_overwrite_keeps_files_that_are_not_the_runs(train: Train) -> None:
     run = train(max_steps=2)
     (run / "notes.txt").write_text("mine")
     (run / "checkpoints" / "checkpoint-500").mkdir()
@@ -131,7 +129,7 @@ def test_overwrite_leaves_what_is_not_the_runs(train: Train) -> None:
 
 
 @pytest.mark.parametrize("removed", range(6))
-def test_an_overwrite_that_was_cut_off_is_done_again(
+def test_an_interrupted_overwrite_can_be_repeated(
     removed: int, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much it had removed, what is left passes for the run that it was."""
@@ -185,7 +183,7 @@ def test_a_link_to_a_larger_disk_keeps_its_place(train: Train, tmp_path: Path) -
 
 
 @posix
-def test_of_a_linked_checkpoint_only_the_link_is_removed(train: Train, tmp_path: Path) -> None:
+def test_removing_a_linked_checkpoint_removes_only_the_link(train: Train, tmp_path: Path) -> None:
     run = train(max_steps=4, keep_checkpoints=5)
     shutil.move(run / "checkpoints" / "step_000002", tmp_path / "kept")
     (run / "checkpoints" / "step_000002").symlink_to(tmp_path / "kept")
@@ -207,7 +205,7 @@ def refuse(kind: int, only: Callable[..., bool], work: Callable) -> Callable:
 
 @posix
 @pytest.mark.parametrize("kind", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_training_on_a_disk_that_cannot_flush_lock_or_change_modes(
+def test_training_works_on_a_disk_without_flush_locks_or_modes(
     kind: int, train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "fsync", refuse(kind, lambda handle: True, os.fsync))
@@ -226,7 +224,7 @@ def test_a_disk_that_fails_to_flush_is_an_error(tmp_path: Path, monkeypatch: pyt
         files.write_atomically(tmp_path / "file", "x")
 
 
-def test_where_names_cannot_be_changed_contents_are_copied(
+def test_contents_are_copied_where_names_cannot_be_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of folders in a lower layer of a container."""
@@ -239,7 +237,7 @@ def test_where_names_cannot_be_changed_contents_are_copied(
     assert contents(tmp_path) == {"file": b"new", os.path.join("d", "b", "c"): b"x"}
 
 
-def test_hidden_files_are_no_shards(data_dir: Path, train: Train) -> None:
+def test_hidden_files_are_not_shards(data_dir: Path, train: Train) -> None:
     """A Mac leaves a ._ file beside each on disks that are not its own."""
     before = history(train("before", max_steps=1))
     for path in list(data_dir.iterdir()):

@@ -40,7 +40,7 @@ def sample(folder: Path, *flags: str, stdin: str | None = None) -> subprocess.Co
     return done
 
 
-def test_json_and_streams_hold_the_same_samples(folder: Path) -> None:
+def test_json_and_streams_give_the_same_samples(folder: Path) -> None:
     """Drawn together or one by one, from a flag or from standard input, and as GPT.generate draws them."""
     flags = ["--max-new-tokens", "40", "--seed", "7", "--dtype", "float32"]
     told = json.loads(sample(folder, "--prompt", PROMPT, "--json", "--num-samples", "3", *flags).stdout)
@@ -59,7 +59,7 @@ def test_json_and_streams_hold_the_same_samples(folder: Path) -> None:
         assert drawn["text"] == enc.decode(drawn["tokens"], errors="replace")
 
 
-def test_a_pipe_that_is_not_read_is_mentioned(folder: Path) -> None:
+def test_generate_mentions_an_unread_pipe(folder: Path) -> None:
     done = sample(folder, "--num-samples", "1", "--max-new-tokens", "2", stdin=PROMPT)
     assert "--prompt - reads standard input" in done.stderr and PROMPT not in done.stdout
 
@@ -79,7 +79,7 @@ class Casts(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_generate_casts_no_weights_between_tokens(
+def test_generate_casts_weights_only_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """In 16 bits they are cast once, before the first token."""
@@ -101,7 +101,7 @@ def test_generate_casts_no_weights_between_tokens(
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
-def test_weights_that_are_cast_once_give_autocasts_states(folder: Path, rows: int) -> None:
+def test_cast_once_equals_autocast(folder: Path, rows: int) -> None:
     model = GPT.from_pretrained(folder)
     idx = torch.randint(50257, (rows, 1), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -116,7 +116,7 @@ def test_weights_that_are_cast_once_give_autocasts_states(folder: Path, rows: in
             assert torch.equal(model(idx)[0], exact)
 
 
-def test_characters_come_whole() -> None:
+def test_characters_are_printed_whole() -> None:
     """Each piece is text on its own, though a token may be a part of a character."""
     text = "naïve ✓ 語語 🙂🙃"
     ids = tokenizer.get_encoding().encode_ordinary(text)
@@ -137,7 +137,7 @@ def test_a_long_prompt_is_cut_on_the_left(folder: Path) -> None:
     assert "warning" not in again.stderr
 
 
-def test_a_sample_ends_with_its_text(folder: Path, tmp_path: Path) -> None:
+def test_generate_ends_a_sample_at_the_end_of_text(folder: Path, tmp_path: Path) -> None:
     model = GPT.from_pretrained(folder)
     with torch.no_grad():  # whatever stands before, the end of text is the likeliest by far
         model.transformer.ln_f.bias.fill_(1.0)
@@ -162,7 +162,7 @@ def test_a_sample_ends_with_its_text(folder: Path, tmp_path: Path) -> None:
         (["--seed", "-1"], "--seed -1: must be at least 0 and below 9223372036854775808"),
     ],
 )
-def test_values_that_cannot_work(flags: list[str], message: str) -> None:
+def test_invalid_settings_are_one_line(flags: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         cli.parse(generate.Settings, "", args=flags)
     assert str(error.value) == message
@@ -175,7 +175,7 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     assert str(tmp_path) in done.stderr
 
 
-def test_which_model_is_meant(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_model_resolves_runs_checkpoints_and_names(train: Callable[..., Path], tmp_path: Path) -> None:
     """No run, a run without a checkpoint, runs below the folder, a damaged checkpoint, no network."""
 
     def first_line(*flags: str, status: int = 2, **env: str) -> str:
@@ -233,7 +233,7 @@ class Terminal:
 
 
 @posix
-def test_the_prompt_loop(folder: Path) -> None:
+def test_the_prompt_loop_samples_until_ctrl_d(folder: Path) -> None:
     """Two prompts, the second from the history; Ctrl-C stops a sample and not the loop; Ctrl-D leaves."""
     terminal = Terminal("--model", str(folder), "--num-samples", "1", "--max-new-tokens", "100000")
     terminal.wait_for("> ")

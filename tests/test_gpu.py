@@ -102,7 +102,7 @@ def expected() -> tuple[float, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_loss_and_gradients_equal_the_cpus(dtype: torch.dtype, expected: tuple[float, dict]) -> None:
+def test_loss_and_gradients_equal_those_on_the_cpu(dtype: torch.dtype, expected: tuple[float, dict]) -> None:
     loss, gradients = loss_and_gradients(dtype)
     assert loss == pytest.approx(expected[0], rel=TOLERANCES[dtype] / 10)
     assert not gradients["transformer.wte.weight"][50257:].any()
@@ -119,7 +119,7 @@ def test_compiled_equals_eager(expected: tuple[float, dict]) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_blocks_that_are_computed_again_drop_the_same_numbers(compiled: bool) -> None:
+def test_recomputed_blocks_use_the_same_dropout_masks(compiled: bool) -> None:
     """Else the gradient would be that of another loss (pytorch/pytorch#190717): here its length is the
     loss's slope along it. Compiled, dropout has a random generator of its own.
     """
@@ -151,7 +151,7 @@ def test_blocks_that_are_computed_again_drop_the_same_numbers(compiled: bool) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_attention_kernel(kernel: str, dtype: torch.dtype) -> None:
+def test_every_attention_kernel_gives_the_same_loss(kernel: str, dtype: torch.dtype) -> None:
     """Forward and backward of causal attention, on inputs laid out as in the model, against float64."""
     B, T, n_head, size = 2, 256, 4, 64  # cuDNN's backward may crash at 192 on torch 2.9
     qkv = torch.randn(B * T, 3 * n_head * size, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -174,7 +174,7 @@ def test_every_attention_kernel(kernel: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-3), ("muon", 0.1)])
-def test_an_optimizer_step_equals_the_cpus(name: str, tolerance: float) -> None:
+def test_an_optimizer_step_equals_that_on_the_cpu(name: str, tolerance: float) -> None:
     """Fused AdamW, and Muon's products in bf16. A step that is not finite changes nothing."""
     updates = []
     for device in (CPU, DEVICE):
@@ -229,7 +229,7 @@ def test_events_and_the_clock_agree() -> None:
 # ---------------------------------------------------------------- sampling and HellaSwag
 
 
-def test_the_cache_gives_the_logits_of_a_full_forward_pass() -> None:
+def test_the_cache_gives_the_logits_of_a_full_pass() -> None:
     model = make(DEVICE, spread=2.0)
     rows = batch(B=2, T=40)[0].tolist()
     rows[1] = rows[1][:23]
@@ -252,7 +252,7 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("style", ["completion", "harness"])
-def test_hellaswag_equals_the_cpus(style: hellaswag.Style, tmp_path: Path) -> None:
+def test_hellaswag_losses_equal_those_on_the_cpu(style: hellaswag.Style, tmp_path: Path) -> None:
     lines = [
         json.dumps(
             {"activity_label": "Roof", "ctx": ctx, "ctx_a": ctx, "ctx_b": "", "endings": ends, "label": label}
@@ -295,7 +295,7 @@ def test_a_run_has_the_losses_of_a_run_on_the_cpu(
     assert 0 < sum(r["step_ms"] for r in records if r["kind"] == "train") / 1000 < seconds + 0.1
 
 
-def test_killed_and_resumed(data_dir: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_with_the_same_losses(data_dir: Path, tmp_path: Path) -> None:
     """The same losses, but for the order in which a GPU adds."""
     settings = {
         **TINY, "max_steps": 200, "val_interval": 0, "checkpoint_interval": 20, "data_dir": data_dir,

@@ -96,7 +96,7 @@ def noted(part: Part) -> dict[str, object]:
 # ---------------------------------------------------------------- the parts
 
 
-def test_speed(part: Part) -> None:
+def test_speed_notes_a_measured_step(part: Part) -> None:
     gpu_parts.speed(part)
     results = noted(part)
     step = results["recipe_step"]
@@ -108,13 +108,13 @@ def test_speed(part: Part) -> None:
     assert plan["mfu"] == bench.Settings.mfu and plan["tokens_per_sec"] > 0
 
 
-def test_peak_rates_are_rates(part: Part) -> None:
+def test_peak_rates_match_the_counted_work(part: Part) -> None:
     rt = gpu_parts.runtime.start("cpu", "float32")
     found = gpu_parts.peak_rates(rt, tiny=True)
     assert 0 < found["product_tflops"] < 100 and 0 < found["copy_gb_per_sec"] < 10_000
 
 
-def test_the_peak_is_of_the_precision_that_is_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_that_of_the_training_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 on a T4, which has no bf16."""
     seen, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(a.dtype) or mm(a, b, out=out))
@@ -124,7 +124,7 @@ def test_the_peak_is_of_the_precision_that_is_trained_in(monkeypatch: pytest.Mon
         seen.clear()
 
 
-def test_figures_of_a_run_that_diverged_are_a_failure(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_run_is_reported_as_a_failure(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not its times, nor a comparison with its losses."""
     validate = evaluation.validate
     monkeypatch.setattr(evaluation, "validate", lambda run: validate(run) * math.nan)
@@ -145,7 +145,7 @@ def test_figures_of_a_run_that_diverged_are_a_failure(part: Part, monkeypatch: p
         peers.speed(Path("peer"), part.bench(micro_batch_size=1))
 
 
-def test_a_peer_trained_from_the_same_weights_on_the_same_batches(part: Part, tmp_path: Path) -> None:
+def test_a_peer_trains_from_the_same_weights_on_the_same_batches(part: Part, tmp_path: Path) -> None:
     """A peer that is our own model: its losses are ours, and only its definitions have been run."""
     folder = tmp_path / "peer"
     folder.mkdir()
@@ -161,7 +161,7 @@ def test_a_peer_trained_from_the_same_weights_on_the_same_batches(part: Part, tm
 
 
 @pytest.mark.slow
-def test_three_recipes_over_the_same_tokens(part: Part) -> None:
+def test_three_recipes_train_on_the_same_tokens(part: Part) -> None:
     gpu_runs.recipes(part)
     results = noted(part)
     assert [row["learning_rate"] for row in results["runs"]] == [
@@ -177,13 +177,13 @@ def test_three_recipes_over_the_same_tokens(part: Part) -> None:
     assert "recipes.png" in (part.s.out / "report.md").read_text()
 
 
-def test_costs_have_a_time_for_each_evaluation_and_checkpoint(part: Part) -> None:
+def test_costs_time_each_evaluation_and_the_checkpoint(part: Part) -> None:
     found = gpu_runs.costs(part)
     assert found["val_tokens"] == 2048 and found["hellaswag_examples"] == 0
     assert all(found[f"{kind}_seconds"] > 0 for kind in ("val", "sample", "checkpoint", "checkpoint_written"))
 
 
-def test_shares_of_a_full_run() -> None:
+def test_shares_scale_to_a_full_run() -> None:
     costs = {
         "val_seconds": 1.0, "val_tokens": 1_048_576, "sample_seconds": 2.0, "checkpoint_seconds": 3.0,
         "hellaswag_seconds": 4.0, "hellaswag_examples": 1004.2,
@@ -196,7 +196,7 @@ def test_shares_of_a_full_run() -> None:
     assert rows["together"]["share"] == pytest.approx(sum(seconds.values()) / whole)
 
 
-def test_outcomes_of_tests_are_read(part: Part) -> None:
+def test_outcomes_are_read_from_pytests_output(part: Part) -> None:
     outcomes = gpu_parts.read_outcomes(
         "tests/test_gpu.py::test_a[torch.float32] PASSED            [ 10%]\n"
         "tests/test_gpu.py::test_b SKIPPED (no CUDA device)         [ 20%]\n"
@@ -277,7 +277,7 @@ def test_a_part_that_crashes_hangs_or_fails_costs_only_its_share(part: Part) -> 
     assert read["fail"]["second"] == 2 and "ZeroDivisionError" in read["fail"]["first"]["failed"]
 
 
-def test_tables() -> None:
+def test_tables_show_dicts_and_lists() -> None:
     assert gpu_report.table({"tokens_per_sec": 123456.7, "name": "a|b"}) == [
         "|  |   |", "| --- | --- |", "| tokens per sec | 123,457 |", "| name | a\\|b |",
     ]  # fmt: skip
@@ -302,14 +302,13 @@ def test_a_peer_is_compared_round_by_round() -> None:
     ("changes", "message"),
     [
         ({"only": "speed,sleep"}, "--only sleep"),
-        ({"minutes": 0.0}, "--minutes 0"),
         ({"tiny": False}, "--tiny"),
         ({"peer": [Path("nowhere")]}, "--peer nowhere"),
         ({"hellaswag_data": Path("nowhere")}, "--hellaswag-data nowhere"),
         ({"data_dir": Path("nowhere")}, "nowhere"),
     ],
 )
-def test_mistakes(
+def test_mistakes_in_flags_are_one_line(
     shards: Path, changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_report.torch.cuda, "is_available", lambda: False)
@@ -317,7 +316,7 @@ def test_mistakes(
         gpu_report.check(Settings(**{"data_dir": shards, "tiny": True, **changes}))
 
 
-def test_parts_are_done_in_their_order(shards: Path) -> None:
+def test_parts_run_in_their_order(shards: Path) -> None:
     check = functools.partial(Settings, data_dir=shards, tiny=True)
     assert gpu_report.check(check()) == list(gpu_report.PARTS)
     assert gpu_report.check(check(only="recipes, device")) == ["device", "recipes"]

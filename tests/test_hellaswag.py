@@ -116,7 +116,7 @@ def harness_requests(record: dict[str, object], encode: Callable) -> tuple[list,
     return requests, [len(choice) for choice in choices]
 
 
-def test_harness_style_is_the_harness_example_by_example(folder: Path, data: Path) -> None:
+def test_harness_style_equals_the_harness_example_by_example(folder: Path, data: Path) -> None:
     encode = transformers.AutoTokenizer.from_pretrained(folder).encode
     for record, example in zip(RECORDS, hellaswag.load(data, "harness"), strict=True):
         requests, lengths = harness_requests(record, encode)
@@ -125,7 +125,7 @@ def test_harness_style_is_the_harness_example_by_example(folder: Path, data: Pat
         assert example.label == int(record["label"])
 
 
-def test_completion_style_takes_the_text_as_it_is(folder: Path, data: Path) -> None:
+def test_completion_style_keeps_the_text_unchanged(folder: Path, data: Path) -> None:
     encode = transformers.AutoTokenizer.from_pretrained(folder).encode
     for record, example in zip(RECORDS, hellaswag.load(data), strict=True):
         assert example.context == encode(record["ctx"])
@@ -134,7 +134,7 @@ def test_completion_style_takes_the_text_as_it_is(folder: Path, data: Path) -> N
 
 
 @pytest.mark.parametrize("style", ["completion", "harness"])
-def test_accuracy_by_brute_force(
+def test_accuracy_equals_brute_force(
     folder: Path, data: Path, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -154,7 +154,7 @@ def test_accuracy_by_brute_force(
     assert score.standard_error(score.acc) == pytest.approx(expected)
 
 
-def test_processes_share_the_examples_out(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_the_examples(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = GPT.from_pretrained(folder), hellaswag.load(data)
     monkeypatch.setitem(hellaswag.BATCH_TOKENS, "cpu", 300)
     whole = hellaswag.evaluate(model, examples, CPU)
@@ -165,7 +165,7 @@ def test_processes_share_the_examples_out(folder: Path, data: Path, monkeypatch:
     assert all(part.acc < whole.acc for part in parts)
 
 
-def test_batches_hold_each_example_once(data: Path) -> None:
+def test_batches_contain_each_example_once(data: Path) -> None:
     examples = hellaswag.load(data)
     made = hellaswag.batches(examples, 300)
     assert sorted(id(example) for batch in made for example in batch) == sorted(map(id, examples))
@@ -184,7 +184,7 @@ def test_a_long_context_is_cut_on_the_left(folder: Path) -> None:
         hellaswag.truncate_contexts([short], 1)
 
 
-def test_nothing_is_compiled_anew(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_does_not_recompile(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a compiled model, batches of many shapes cost it no compilation."""
     monkeypatch.setitem(hellaswag.BATCH_TOKENS, "cpu", 200)
     model, examples = GPT.from_pretrained(folder), hellaswag.load(data)
@@ -290,9 +290,7 @@ def test_the_file_is_fetched_once(places: Places, data: Path) -> None:
         hellaswag.load()
 
 
-def test_two_machines_write_the_file_one_after_the_other(
-    places: Places, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_machines_take_turns_writing_the_file(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     locked, write = [], files.write_atomically
 
     def write_atomically(path: Path, contents: bytes) -> None:
@@ -320,7 +318,7 @@ def test_the_hub_has_the_same_examples(places: Places, data: Path, style: str) -
         hellaswag.load()
 
 
-def test_another_file_is_not_taken(places: Places, data: Path) -> None:
+def test_a_file_with_another_hash_is_refused(places: Places, data: Path) -> None:
     places.github = places.github.replace(b"roof", b"root", 1)
     assert hellaswag_data.fetch().suffix == ".parquet"
     assert hellaswag.load() == hellaswag.load(data)
@@ -336,7 +334,7 @@ def test_another_file_is_not_taken(places: Places, data: Path) -> None:
     ],
     ids=["a row less", "another label", "another order", "cut short"],
 )
-def test_a_damaged_copy_on_the_hub_is_not_taken(places: Places, parquet: bytes) -> None:
+def test_a_damaged_copy_on_the_hub_is_refused(places: Places, parquet: bytes) -> None:
     places.github = None
     places.put(parquet)
     with pytest.raises(UserError, match=rf"HTTP 404.*{HUB_FILE} .not HellaSwag's .*HF_ENDPOINT.*--data"):
@@ -374,7 +372,7 @@ def test_a_mirror_of_the_hub_comes_first(
     assert places.hits == (1, 2)
 
 
-def test_neither_place_answers(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_source_the_error_names_both(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hellaswag_data, "GITHUB", "http://127.0.0.1:9/val.jsonl")
     places.hub.fail("/cdn/", break_after=100)
     message = r"from http://127\.0\.0\.1:9/val\.jsonl \(.+refused\) or http.*parquet \(.+\): set HF_ENDPOINT"
@@ -393,7 +391,7 @@ def test_neither_place_answers(places: Places, monkeypatch: pytest.MonkeyPatch) 
     assert not hellaswag_data.FOLDER.exists()
 
 
-def test_without_a_network_a_run_says_so_at_its_start_and_goes_on(
+def test_a_run_without_network_warns_at_its_start_and_continues(
     places: Places,
     train: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -419,7 +417,7 @@ def test_without_a_network_a_run_says_so_at_its_start_and_goes_on(
         json.dumps({**RECORDS[0], "ctx": ""}),
     ],
 )
-def test_a_line_that_is_no_example_is_named(tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(RECORDS[0]) + "\n" + line + "\n")
     with pytest.raises(UserError, match=r"bad\.jsonl: line 2 "):
@@ -427,7 +425,7 @@ def test_a_line_that_is_no_example_is_named(tmp_path: Path, line: str) -> None:
     assert len(hellaswag.load(path, limit=1)) == 1
 
 
-def test_no_file_and_no_examples(tmp_path: Path) -> None:
+def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         hellaswag.load(tmp_path / "none.jsonl")
     (tmp_path / "bad.parquet").write_bytes(as_on_the_hub(RECORDS)[:-9])
@@ -441,7 +439,7 @@ def test_no_file_and_no_examples(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- script and training
 
 
-def test_the_script_prints_ours_beside_the_published(folder: Path, data: Path) -> None:
+def test_the_script_prints_published_scores(folder: Path, data: Path) -> None:
     flags = ["--model", str(folder), "--data", str(data), "--style", "harness", "--limit", "20"]
     done = run_script("hellaswag.py", *flags)
     assert done.returncode == 0, done.stderr

@@ -68,7 +68,7 @@ SHARDS = damaged(npy(HEADER, TOKENS)) | st.builds(
 
 
 @given(content=SHARDS)
-def test_shards(content: bytes, tmp_path: Path) -> None:
+def test_hostile_shards_raise_only_user_errors(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x_train_000001.npy"
     path.write_bytes(content)
     try:
@@ -102,13 +102,17 @@ def load_model(folder: Path, config: bytes, weights: bytes) -> None:
 
 
 @given(data=st.data())
-def test_safetensors(data: st.DataObject, whole_model: dict[str, bytes], tmp_path: Path) -> None:
+def test_hostile_safetensors_raise_only_user_errors(
+    data: st.DataObject, whole_model: dict[str, bytes], tmp_path: Path
+) -> None:
     weights = data.draw(damaged(whole_model["model.safetensors"]))
     load_model(tmp_path, whole_model["config.json"], weights)
 
 
 @given(data=st.data())
-def test_model_configs(data: st.DataObject, whole_model: dict[str, bytes], tmp_path: Path) -> None:
+def test_hostile_model_configs_raise_only_user_errors(
+    data: st.DataObject, whole_model: dict[str, bytes], tmp_path: Path
+) -> None:
     config = json.loads(whole_model["config.json"])
     key = st.sampled_from(sorted(config))
     value = JSON_VALUES | st.sampled_from([0, -1, 2, 4, 10**9, 2**62, 1e308])
@@ -118,7 +122,9 @@ def test_model_configs(data: st.DataObject, whole_model: dict[str, bytes], tmp_p
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"n_layer": 1e999}', '{"n_layer": ' + "9" * 5000 + "}"])
-def test_json_that_overflows(content: str, whole_model: dict[str, bytes], tmp_path: Path) -> None:
+def test_overflowing_json_raises_only_user_errors(
+    content: str, whole_model: dict[str, bytes], tmp_path: Path
+) -> None:
     config = (
         content
         if content[0] == "["
@@ -158,7 +164,9 @@ RUN = "".join(
 
 
 @given(content=LINES | damaged(RUN) | st.binary(max_size=50))
-def test_metrics(content: bytes, whole_model: dict[str, bytes], tmp_path: Path) -> None:
+def test_hostile_metrics_raise_only_user_errors(
+    content: bytes, whole_model: dict[str, bytes], tmp_path: Path
+) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(content)
     if check_curves(tmp_path):
         (tmp_path / "model.json").write_bytes(whole_model["config.json"])
@@ -167,7 +175,7 @@ def test_metrics(content: bytes, whole_model: dict[str, bytes], tmp_path: Path) 
 
 
 @given(content=damaged(b"10 train 5.25\n20 val 4.5\n20 hella 0.25\n") | st.text(max_size=50).map(str.encode))
-def test_plain_logs(content: bytes, tmp_path: Path) -> None:
+def test_hostile_plain_logs_raise_only_user_errors(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_bytes(content)
     check_curves(tmp_path / "log.txt")
 
@@ -181,7 +189,7 @@ def test_curves_at_the_edge_are_drawn(loss: float | None, step: int, tmp_path: P
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by way of Linux")
-def test_sizes_that_lie_take_no_memory(whole_model: dict[str, bytes], tmp_path: Path) -> None:
+def test_false_sizes_take_no_memory(whole_model: dict[str, bytes], tmp_path: Path) -> None:
     """A config or header that speaks of terabytes ends in an error while only megabytes are allowed."""
     import resource
 

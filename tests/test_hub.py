@@ -79,7 +79,7 @@ def environment(hub: LoopbackHub, home: Path, **env: str) -> dict[str, str]:
 # ---------------------------------------------------------------- there and back
 
 
-def test_text_to_the_hub_and_back_to_training(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+def test_shards_go_to_the_hub_and_back_to_training(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
     done = script(hub, tmp_path, TRANSFER, "--folder", str(folder), "--repo-id", REPO)
     assert done.returncode == 0, done.stderr
     assert hub.repo(REPO, "dataset").files == contents(folder)
@@ -93,7 +93,7 @@ def test_text_to_the_hub_and_back_to_training(tmp_path: Path, hub: LoopbackHub, 
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_only_what_is_needed_then_the_rest(
+def test_fetch_downloads_only_the_shards_it_needs(
     tmp_path: Path, hub: LoopbackHub, folder: Path, manifest: bool
 ) -> None:
     publish(hub, folder, manifest)
@@ -125,7 +125,7 @@ def test_half_a_folder_without_a_manifest_is_completed(
     assert hub.downloads("words_val_000000.npy") == []
 
 
-def test_shards_of_ones_own_are_left_alone(
+def test_own_shards_stay_unchanged(
     hub: LoopbackHub, folder: Path, data_dir: Path, capsys: pytest.CaptureFixture
 ) -> None:
     publish(hub, folder)
@@ -140,7 +140,7 @@ def test_shards_of_ones_own_are_left_alone(
 # ---------------------------------------------------------------- what goes wrong on the way down
 
 
-def test_a_broken_connection_goes_on_where_it_broke(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+def test_a_broken_download_continues_where_it_broke(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
     publish(hub, folder)
     hub.fail("/cdn/", break_after=10_500, times=3)
     fetch_tokens_hf.fetch(REPO, tmp_path / "back", num_shards=2)
@@ -149,9 +149,7 @@ def test_a_broken_connection_goes_on_where_it_broke(tmp_path: Path, hub: Loopbac
     assert contents(tmp_path / "back").items() <= contents(folder).items()
 
 
-def test_the_part_that_a_kill_leaves_is_not_fetched_again(
-    tmp_path: Path, hub: LoopbackHub, folder: Path
-) -> None:
+def test_a_killed_download_keeps_its_part(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
     publish(hub, folder)
     name, back = "words_val_000000.npy", tmp_path / "back"
     data = (folder / name).read_bytes()
@@ -201,7 +199,9 @@ def test_wrong_bytes_never_get_a_name(tmp_path: Path, hub: LoopbackHub, folder: 
     assert contents(tmp_path / "back") == contents(folder)
 
 
-def test_a_manifest_that_the_files_do_not_match(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+def test_a_manifest_that_does_not_match_the_files_is_refused(
+    tmp_path: Path, hub: LoopbackHub, folder: Path
+) -> None:
     publish(hub, folder)
     hub.put(REPO, {"words_train_000002.npy": b"other"}, "dataset")
     with pytest.raises(UserError, match=r"words_train_000002.npy is not the one that manifest.json lists"):
@@ -212,7 +212,9 @@ def test_a_manifest_that_the_files_do_not_match(tmp_path: Path, hub: LoopbackHub
 @pytest.mark.parametrize(
     "file", ["../up_train_000001.npy", "/tmp/up_train_000001.npy", "..", "a/b_train_000001.npy"]
 )
-def test_no_name_leads_out_of_the_folder(tmp_path: Path, hub: LoopbackHub, folder: Path, file: str) -> None:
+def test_no_shard_name_leads_out_of_the_folder(
+    tmp_path: Path, hub: LoopbackHub, folder: Path, file: str
+) -> None:
     publish(hub, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][1]["file"] = file
@@ -251,7 +253,7 @@ def test_hub_errors_are_retried_or_reported_in_one_line(
     assert not list(tmp_path.glob("back/*.npy"))
 
 
-def test_without_a_network(tmp_path: Path, hub: LoopbackHub) -> None:
+def test_fetching_without_a_network_is_one_line(tmp_path: Path, hub: LoopbackHub) -> None:
     flags = as_flags({"data_dir": tmp_path / "none", "out_dir": tmp_path / "run", "device": "cpu"})
     for env in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         done = script(hub, tmp_path, "train_gpt2.py", *flags, **env)
@@ -267,7 +269,7 @@ def test_without_a_network(tmp_path: Path, hub: LoopbackHub) -> None:
     assert not (tmp_path / "none").exists() and not (tmp_path / "run").exists()
 
 
-def test_a_half_built_folder_is_no_data_set(tmp_path: Path, folder: Path) -> None:
+def test_an_unfinished_build_is_not_a_data_set(tmp_path: Path, folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["next"] = {"file": 0, "block": 1, "token": 0, "skipped": 0}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -310,7 +312,7 @@ def test_a_dry_run_needs_no_network(tmp_path: Path, hub: LoopbackHub, folder: Pa
 
 
 @pytest.mark.parametrize("status", [409, 412, 429, 503])
-def test_a_commit_that_meets_another_is_made_again(hub: LoopbackHub, folder: Path, status: int) -> None:
+def test_a_commit_that_conflicts_is_repeated(hub: LoopbackHub, folder: Path, status: int) -> None:
     hub.fail("/commit/", status=status, times=2)
     upload(folder)
     assert hub.repo(REPO, "dataset").files == contents(folder)
@@ -320,7 +322,7 @@ def test_a_commit_that_meets_another_is_made_again(hub: LoopbackHub, folder: Pat
         upload(folder)
 
 
-def test_an_interrupted_upload_goes_on(
+def test_an_interrupted_upload_continues(
     hub: LoopbackHub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards first, the manifest last: a data set with a manifest is whole."""
@@ -338,7 +340,7 @@ def test_an_interrupted_upload_goes_on(
     assert len([path for method, path, _ in hub.requests if method == "PUT"]) <= 5 + 1
 
 
-def test_login_and_rights(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+def test_missing_logins_and_rights_are_one_line(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
     flags = ["--folder", str(folder), "--repo-id"]
     for repo_id, token, message in (
         (REPO, "", "no token: set HF_TOKEN"),
@@ -373,7 +375,7 @@ def test_fetching_again_finds_damage(tmp_path: Path, hub: LoopbackHub, folder: P
     assert done.stderr.splitlines()[-1].startswith(f"error: {path}: damaged")
 
 
-def test_two_machines_fetch_into_one_folder(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
+def test_two_machines_can_fetch_into_one_folder(tmp_path: Path, hub: LoopbackHub, folder: Path) -> None:
     publish(hub, folder)
     args = ["--dataset-repo", REPO, "--data-dir", str(tmp_path / "back")]
     processes = [

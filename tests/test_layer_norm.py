@@ -37,13 +37,13 @@ def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]
     return [y, *torch.autograd.grad((weights * y).sum(), given)]
 
 
-def test_equals_torchs() -> None:
+def test_layer_norm_equals_torchs() -> None:
     for found, expected in zip(results(ours, torch.float64), results(torchs, torch.float64), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_it_equals_torchs_to_the_bit(dtype: torch.dtype) -> None:
+def test_compiled_layer_norm_equals_torchs_bit_for_bit(dtype: torch.dtype) -> None:
     """In an fp32 residual stream with matrix products in `dtype`, from the operations Inductor would get."""
 
     def layers(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -59,7 +59,7 @@ def test_compiled_it_equals_torchs_to_the_bit(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_in_the_graphs_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_norm_compiles_in_the_graphs_of_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled graph is cut at DDP's buckets: the gradients of an accumulated step stay the model's own."""
     backend = "aot_eager_decomp_partition"
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))

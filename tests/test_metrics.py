@@ -12,7 +12,7 @@ from support.cli import UserError
 from support.metrics import Metrics
 
 
-def test_records_come_back_and_nan_is_null(tmp_path: Path) -> None:
+def test_records_round_trip_and_nan_becomes_null(tmp_path: Path) -> None:
     log = Metrics(tmp_path / "m.jsonl")
     log.log(1, "train", loss=0.1 + 0.2, lr=3e-4)
     log.log(1, "val", loss=math.inf)
@@ -22,7 +22,7 @@ def test_records_come_back_and_nan_is_null(tmp_path: Path) -> None:
     ]
 
 
-def test_reopening_drops_what_a_kill_left_beyond_the_checkpoint(tmp_path: Path) -> None:
+def test_reopening_drops_records_beyond_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     log = Metrics(path)
     for step in range(1, 6):
@@ -37,7 +37,7 @@ def test_reopening_drops_what_a_kill_left_beyond_the_checkpoint(tmp_path: Path) 
 
 
 @posix
-def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_reading_does_not_wait_for_a_named_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match="not a regular file"):
         metrics.read(tmp_path / "metrics.jsonl")

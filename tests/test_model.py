@@ -44,7 +44,7 @@ def folder(reference: transformers.GPT2LMHeadModel, tmp_path_factory: pytest.Tem
     return folder
 
 
-def test_124m_parameters_under_the_names_of_huggingface() -> None:
+def test_parameters_have_the_names_of_huggingface() -> None:
     with torch.device("meta"):
         ours = GPT(GPTConfig())
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
@@ -130,7 +130,7 @@ def test_openais_own_upload_loads(folder: Path, tmp_path: Path) -> None:
         ({"n_layer": None}, "not the configuration"),
     ],
 )
-def test_what_is_not_this_gpt2_is_refused(
+def test_from_pretrained_rejects_other_architectures(
     folder: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     config = json.loads((folder / "config.json").read_text())
@@ -140,7 +140,7 @@ def test_what_is_not_this_gpt2_is_refused(
         GPT.from_pretrained(tmp_path)
 
 
-def test_padding_changes_nothing() -> None:
+def test_padding_changes_no_result() -> None:
     """Whatever is in it: large weights there would otherwise take all the probability."""
     torch.manual_seed(5)
     model = GPT(SMALL)
@@ -159,7 +159,9 @@ def test_padding_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("chunks", "block"), [(1, 1024), (2, 1024), (5, 32), (72, 7)])
-def test_loss_in_chunks_is_the_same_loss(chunks: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_in_chunks_equals_the_loss_in_one(
+    chunks: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Value and gradients, with ignored targets, padding, and a factor behind the loss."""
     monkeypatch.setattr(loss_module, "VOCABULARY_BLOCK", block)
     torch.manual_seed(5)
@@ -182,7 +184,7 @@ def test_loss_in_chunks_is_the_same_loss(chunks: int, block: int, monkeypatch: p
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spread", [0.02, 1.5])
-def test_loss_in_chunks_in_16_bits(dtype: torch.dtype, spread: float) -> None:
+def test_loss_in_chunks_is_accurate_in_16_bits(dtype: torch.dtype, spread: float) -> None:
     """Against fp64, over the whole vocabulary and with a scaler's factor: nothing under- or overflows."""
     generator = torch.Generator().manual_seed(7)
     states = torch.randn(32, 16, generator=generator)
@@ -216,7 +218,7 @@ def test_loss_in_chunks_gives_rare_ids_their_gradient(dtype: torch.dtype) -> Non
     assert (rows - right).norm() < 2e-2 * right.norm()
 
 
-def test_the_loss_adds_in_one_order_on_several_threads() -> None:
+def test_the_loss_is_the_same_on_several_threads() -> None:
     """A run repeated on the same cores has the same losses to the bit: no two threads add to one gradient."""
     torch.manual_seed(0)
     states, weight, targets = torch.randn(512, 128), 0.02 * torch.randn(300, 128), torch.randint(4, (512,))
@@ -311,7 +313,7 @@ def test_loss_by_rows_neither_overflows_nor_vanishes_in_fp16(size: float, same_t
     assert (rows - right).norm() < 5e-3 * right.norm()
 
 
-def test_loss_by_rows_without_a_known_target() -> None:
+def test_loss_by_rows_without_targets_is_nan() -> None:
     states, weight, targets = row_case(8)
     targets[:] = -100
     loss = row_loss(states, weight, targets, 2, torch.float32)
@@ -349,7 +351,7 @@ def test_loss_by_rows_forms_no_gradients_in_validation() -> None:
     assert counter.get_total_flops() == 2 * 80 * 1024 * 16  # only the product that makes the logits
 
 
-def test_chunks_by_default() -> None:
+def test_default_chunks_depend_on_device_and_tokens() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert [default_chunks(n, cpu) for n in (256, 2048)] == [1, 4]
     assert [default_chunks(n, cuda) for n in (1024, 65_536)] == [1, 4]
@@ -367,7 +369,7 @@ def test_greedy_decoding_equals_transformers(reference: transformers.GPT2LMHeadM
     assert torch.equal(ours.generate(idx, 19, temperature=0), expected)
 
 
-def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
+def test_a_sample_does_not_depend_on_its_batch(folder: Path) -> None:
     """Prompts of different lengths, run well beyond the 24 positions, with a draw of their own."""
     model = GPT.from_pretrained(folder)
     prompts = [torch.randint(101, (length,)).tolist() for length in (5, 1, 24, 40)]
@@ -382,7 +384,7 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
     assert once != model.generate(prompts, 60, generator=seeded(8))
 
 
-def test_beyond_the_block_size_the_last_half_goes_on(folder: Path) -> None:
+def test_a_full_context_continues_from_its_last_half(folder: Path) -> None:
     """Brute force, without a cache: whenever 24 positions are full, the context shrinks to the last 12."""
     model = GPT.from_pretrained(folder)
     row, context = [3, 1, 4], [3, 1, 4]
@@ -393,7 +395,7 @@ def test_beyond_the_block_size_the_last_half_goes_on(folder: Path) -> None:
     assert model.generate([[3, 1, 4]], 50, temperature=0) == [row]
 
 
-def test_a_row_ends_at_its_end_of_text(folder: Path) -> None:
+def test_a_sample_ends_at_its_end_of_text(folder: Path) -> None:
     model = GPT.from_pretrained(folder)
     free = model.generate(torch.tensor([[1, 2], [3, 4]]), 10, temperature=0)
     eos = free[0, 4].item()
@@ -406,9 +408,7 @@ def test_a_row_ends_at_its_end_of_text(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (7, None), (None, 0.6), (20, 0.8), (None, 0.0)])
-def test_samples_have_the_distribution_of_transformers_warpers(
-    top_k: int | None, top_p: float | None
-) -> None:
+def test_samples_follow_the_distribution_of_transformers(top_k: int | None, top_p: float | None) -> None:
     torch.manual_seed(0)
     logits = 2 * torch.randn(1, 50)
     warped = logits / 0.7

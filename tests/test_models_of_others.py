@@ -125,7 +125,7 @@ def head_for_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "only the head", "bf16", "defaults", "other names", "two names",
     ],
 )  # fmt: skip
-def test_a_folder_loads_as_transformers_loads_it(folder: Path, change: Callable[[Path], None]) -> None:
+def test_a_folder_loads_like_in_transformers(folder: Path, change: Callable[[Path], None]) -> None:
     change(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = load(folder)
@@ -146,7 +146,7 @@ def test_defaults_do_not_make_a_gpt2_of_another_config(folder: Path) -> None:
     assert "not the configuration of a GPT-2" in error(folder)
 
 
-def test_a_head_of_its_own_is_refused(folder: Path) -> None:
+def test_an_untied_head_is_refused(folder: Path) -> None:
     change_weights(folder, lambda w: w | {"lm_head.weight": w["transformer.wte.weight"].flip(0)})
     assert "lm_head.weight is not tied" in error(folder)
 
@@ -189,7 +189,7 @@ def test_a_file_in_place_of_a_folder_names_the_folder(
     assert f"models there: {folder})" in error(Path("r", "checkpoints"))
 
 
-def test_a_file_of_torch_is_to_be_converted(hub: LoopbackHub, folder: Path) -> None:
+def test_a_torch_file_comes_with_the_command_that_converts_it(hub: LoopbackHub, folder: Path) -> None:
     for name in "ckpt.pt", "a.pth", "b.ckpt", "c.bin":
         Path(name).touch()
         assert f"{name}: a file: `python convert.py --file {name} --out FOLDER`" in error(name)
@@ -208,7 +208,7 @@ def test_a_file_of_torch_is_to_be_converted(hub: LoopbackHub, folder: Path) -> N
     "name", ["./x", "../x", "/no/such/x", "a/b/c", "x/", "ann/x/", r"C:\x", r".\x", "~/x", "r/ckpt.pt",
              "model.safetensors", "a:best.pt", "r/config.json"],
 )  # fmt: skip
-def test_a_path_without_a_folder_does_not_ask_the_hub(name: str, hub: LoopbackHub) -> None:
+def test_a_missing_path_does_not_ask_the_hub(name: str, hub: LoopbackHub) -> None:
     assert error(name).startswith(f"{name}: no such folder: name a run, a checkpoint")
     assert not hub.requests
 
@@ -248,7 +248,7 @@ def test_a_model_of_the_hub_without_safetensors_comes_with_the_command(
     assert error("ann/none").startswith("ann/none: contains no model.safetensors")
 
 
-def test_a_git_lfs_pointer_is_called_one(folder: Path, tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_recognised(folder: Path, tmp_path: Path) -> None:
     pull = f"a Git LFS pointer, not the file: run `git lfs pull` in {folder}"
     in_shards(folder)
     content = {path: path.read_bytes() for path in folder.glob("*.*")}
@@ -266,7 +266,7 @@ def test_a_git_lfs_pointer_is_called_one(folder: Path, tmp_path: Path) -> None:
         convert.convert(folder / "ckpt.pt", tmp_path / "out")
 
 
-def test_a_folder_that_hides_a_name_of_the_hub_says_so(folder: Path, hub: LoopbackHub) -> None:
+def test_a_folder_that_hides_a_hub_model_is_mentioned(folder: Path, hub: LoopbackHub) -> None:
     hides = "; it hides the Hub's gpt2: to use that, name openai-community/gpt2"
     Path("gpt2").mkdir()
     assert error("gpt2").startswith("gpt2: contains no model.safetensors")
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_nanogpt_converts(
     torch.testing.assert_close(load(tmp_path / "out")(IDX)[0], theirs(IDX).logits, atol=1e-4, rtol=0)
 
 
-def test_settings_in_a_namespace_convert(tmp_path: Path) -> None:
+def test_a_checkpoint_with_namespace_settings_converts(tmp_path: Path) -> None:
     theirs = random_model(vocab_size=50257)
     torch.save({"model": nanogpt_state(theirs), "config": argparse.Namespace(**SIZES)}, tmp_path / "args.pt")
     convert.convert(tmp_path / "args.pt", tmp_path / "out")
@@ -404,14 +404,14 @@ def test_a_name_that_is_too_long_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"n_head": 5}, {"n_head": 0}, {"n_layer": -1}])
-def test_sizes_that_cannot_be_name_their_file(folder: Path, changes: dict[str, int]) -> None:
+def test_impossible_sizes_name_their_file(folder: Path, changes: dict[str, int]) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError, match=r"config\.json: not the configuration of a GPT-2"):
         load(folder)
 
 
-def test_a_config_that_lies_builds_nothing(tmp_path: Path) -> None:
+def test_a_false_config_builds_nothing(tmp_path: Path) -> None:
     sizes = {"block_size": 8, "n_layer": 10**6, "n_head": 1, "n_embd": 8}
     torch.save({"model": {"x": torch.zeros(1)}, "config": sizes}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="its config does not describe its weights"):

@@ -100,7 +100,7 @@ def small_model(dropout: float = 0.0) -> GPT:
 
 
 @pytest.mark.parametrize(("optimizer", "dropout"), [("adamw", 0.0), ("muon", 0.0), ("adamw", 0.1)])
-def test_a_training_step(optimizer: str, dropout: float, books: Books) -> None:
+def test_a_training_step_uses_only_operations_of_mps(optimizer: str, dropout: float, books: Books) -> None:
     model, rt = small_model(dropout), runtime.Runtime(MPS, torch.float32)
     optimizers = optim.build_optimizers(model, optimizer, 1e-3, 1.0, 0.1)
     scaler = torch.amp.GradScaler("mps", enabled=False)
@@ -111,19 +111,19 @@ def test_a_training_step(optimizer: str, dropout: float, books: Books) -> None:
     assert {"_fused_adamw_", "_foreach_sub_.List"} & books.operations
 
 
-def test_validation(data_dir: Path, books: Books) -> None:
+def test_validation_uses_only_operations_of_mps(data_dir: Path, books: Books) -> None:
     stream = dataloader.TokenStream(shards.find_shards(data_dir)["val"], 16)
     model, rt = small_model(), runtime.Runtime(MPS, torch.float32)
     trainer = Trainer(rt, model, model, model, [], None, 2, 1, loss_chunks=1, grad_clip=1.0)
     assert trainer.validate(dataloader.val_batches(stream, 10, 2, 0, 1, MPS), 160) == 0
 
 
-def test_hellaswag_there(books: Books) -> None:
+def test_hellaswag_uses_only_operations_of_mps(books: Books) -> None:
     examples = [hellaswag.Example([1, 2], [[3, 4], [5], [6], [7]], [2, 1, 1, 1], 0)] * 2
     rt = runtime.Runtime(MPS, torch.float32)
     assert hellaswag.evaluate(small_model(), examples, rt).n == 2
 
 
-def test_sampling_there(books: Books) -> None:
+def test_sampling_uses_only_operations_of_mps(books: Books) -> None:
     rows = small_model().generate([[1, 2, 3], [4]], 4, top_k=20, top_p=0.9)
     assert [len(row) for row in rows] == [7, 5]

@@ -30,20 +30,20 @@ def factor(step: int, schedule: str, warmup_steps: int = 10, cooldown_fraction: 
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
-def test_warmup_climbs_in_a_straight_line_to_the_peak(schedule: str) -> None:
+def test_warmup_is_linear(schedule: str) -> None:
     assert [factor(step, schedule) for step in range(10)] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert factor(10, schedule) == 1
     assert factor(0, schedule, warmup_steps=0) == 1
 
 
-def test_cosine_is_gpt3s() -> None:
+def test_cosine_follows_gpt3() -> None:
     for step in range(10, 101):
         expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 90)) / 2
         assert factor(step, "cosine") == pytest.approx(expected)
     assert factor(55, "cosine") == pytest.approx(0.55)
 
 
-def test_the_reference_recipe_is_build_nanogpts() -> None:
+def test_the_reference_schedule_equals_build_nanogpts() -> None:
     """Its numbers and its schedule, written anew."""
     s = PRESETS["gpt2-124m"]
     assert (s.n_layer, s.n_head, s.n_embd, s.block_size, s.sequence_length) == (12, 12, 768, 1024, 1024)
@@ -60,7 +60,7 @@ def test_the_reference_recipe_is_build_nanogpts() -> None:
         assert optim.set_learning_rates([optimizer], it + 1, s) == pytest.approx(expected)
 
 
-def test_linear_and_wsd_fall_in_straight_lines() -> None:
+def test_linear_and_wsd_decay_linearly() -> None:
     assert factor(55, "linear") == pytest.approx(0.55)
     assert factor(100, "linear") == pytest.approx(0.1)
     assert [factor(step, "wsd") for step in (10, 50, 70)] == [1, 1, 1]
@@ -68,7 +68,7 @@ def test_linear_and_wsd_fall_in_straight_lines() -> None:
     assert factor(100, "wsd") == pytest.approx(0.1)
 
 
-def test_the_muon_presets_rates_are_those_of_torchs_schedulers() -> None:
+def test_the_muon_schedule_equals_torchs_schedulers() -> None:
     """No warm-up, the peak for 30 % of the steps, then a line to 0; twice that for the embeddings.
 
     AdamW's second beta is 0.99.
@@ -124,7 +124,7 @@ def test_orthogonalize_brings_singular_values_near_one() -> None:
         assert (inner - inner.diag().diag()).norm() < 1e-3
 
 
-def test_a_batch_is_orthogonalised_as_its_matrices_are() -> None:
+def test_a_batch_is_orthogonalised_like_single_matrices() -> None:
     matrices = torch.randn(5, 16, 40, generator=torch.Generator().manual_seed(0))
     matrices *= torch.tensor([1.0, 1e-6, 1e6, 0.0, 1.0]).view(5, 1, 1)
     together = optim.orthogonalize(matrices)
@@ -137,7 +137,7 @@ def test_a_batch_is_orthogonalised_as_its_matrices_are() -> None:
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (96, 24), (24, 96)])
-def test_muon_takes_the_steps_of_torchs_muon(shape: tuple[int, int]) -> None:
+def test_muon_steps_equal_torchs(shape: tuple[int, int]) -> None:
     """torch's works in bf16, so the directions agree to about a hundredth."""
     torch.manual_seed(0)
     start = torch.randn(shape)
@@ -244,7 +244,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_muon_takes_bf16_only_where_a_gpu_has_it(
+def test_muon_uses_bf16_only_where_a_gpu_has_it(
     native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
@@ -303,7 +303,7 @@ def test_an_update_with_found_inf_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("victim", ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"])
-def test_an_overflow_in_fp16_is_one_for_all_optimizers(name: str, victim: str) -> None:
+def test_an_fp16_overflow_skips_all_optimizers(name: str, victim: str) -> None:
     """Whichever optimizer's gradient it is in: clipping would spread it. Nothing waits for the device."""
     model = GPT(GPTConfig(8, 50, 1, 1, 8))
     optimizers = optim.build_optimizers(model, name, 1e-2, 1.0, 0.1)
@@ -365,7 +365,7 @@ def train_quickly(train: Train, monkeypatch: pytest.MonkeyPatch) -> Train:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_in_fp16_is_that_in_fp32(train_quickly: Train, optimizer: str) -> None:
+def test_an_fp16_run_matches_the_fp32_run(train_quickly: Train, optimizer: str) -> None:
     """Losses, norms of gradients, which are clipped, and weights: the scale has no part in any of them."""
     small = {**FP16, "optimizer": optimizer, "grad_clip": 0.1, "max_steps": 5, "checkpoint_interval": 5}
     runs = {name: train_quickly(name, **{**small, "dtype": name}) for name in ("float32", "float16")}
@@ -382,7 +382,7 @@ def test_a_run_in_fp16_is_that_in_fp32(train_quickly: Train, optimizer: str) -> 
         assert (moves[1] - moves[0]).norm() < 0.1 * moves[0].norm(), name
 
 
-def test_an_overflow_in_fp16_is_no_bad_step(train_quickly: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_fp16_overflow_is_not_a_bad_step(train_quickly: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     overflow(monkeypatch, range(2, 5))
     run = train_quickly(**FP16, max_bad_steps=2)
     events = [(r["step"], r["name"], r.get("scale")) for r in history(run, kinds=("event",))]
@@ -407,7 +407,7 @@ def test_overflows_that_no_scale_prevents_are_bad_steps(
         train_quickly("loss", **FP16, **bad_steps)
 
 
-def test_the_scale_of_fp16_is_resumed(train_quickly: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_restores_the_fp16_scale(train_quickly: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         overflow(patch, range(1, 2))
         run = train_quickly(**FP16, max_steps=4)

@@ -40,7 +40,7 @@ def read(path: Path, separator: str = "") -> list[str]:
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize("mark", [b"", BOM], ids=["", "marked"])
-def test_text_is_read_as_text_mode_reads_it(tmp_path: Path, end: str, mark: bytes) -> None:
+def test_text_is_read_like_in_text_mode(tmp_path: Path, end: str, mark: bytes) -> None:
     file = tmp_path / "A.TXT"
     file.write_bytes(mark + "\n---\n".join(DOCUMENTS).replace("\n", end).encode())
     assert read(file, "\n---\n") == DOCUMENTS
@@ -53,14 +53,14 @@ def test_text_is_read_as_text_mode_reads_it(tmp_path: Path, end: str, mark: byte
         assert read(tmp_path / name) == DOCUMENTS
 
 
-def test_a_line_end_across_two_reads_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_end_across_two_reads_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "BYTES_READ_AT_ONCE", 1)
     (tmp_path / "a.txt").write_bytes(BOM + "é\r\nb\r\r\n".encode())
     assert read(tmp_path / "a.txt") == ["é\nb\n\n"]
 
 
 @pytest.mark.parametrize("given", ["\\n\\n", "\\r\\n\\r\\n", "\n\n", "\r\n\r\n"])
-def test_a_separator_is_read_as_the_files_are(
+def test_separators_are_normalised_like_the_files(
     tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_bytes(b"one two\r\n\r\nthree four\r\n\r\nfive six")
@@ -91,7 +91,7 @@ def test_end_of_text_separates_documents(
     separator=st.sampled_from(["--", "-", "\n\n", "-- --"]),
     at_once=st.integers(1, 9),
 )
-def test_a_separator_across_two_reads_is_one(
+def test_a_separator_across_two_reads_stays_one(
     tmp_path_factory: pytest.TempPathFactory, documents: list[str], separator: str, at_once: int
 ) -> None:
     """Wherever a read ends; documents may hold parts of a separator, or begin and end with some."""
@@ -104,7 +104,7 @@ def test_a_separator_across_two_reads_is_one(
         assert read(file, separator) == text.split(separator)
 
 
-def test_end_of_text_that_stays_in_the_text_is_named(
+def test_end_of_text_in_other_formats_is_mentioned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one <|endoftext|> two"}))
@@ -192,7 +192,7 @@ def test_a_document_without_spaces_is_read_in_pieces(tmp_path: Path, monkeypatch
 # ---------------------------------------------------------------- other files of people
 
 
-def test_a_hellaswag_file_of_any_editor(tmp_path: Path) -> None:
+def test_hellaswag_files_of_any_editor_are_read(tmp_path: Path) -> None:
     record = {"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1}
     lines = [json.dumps(record | {"ctx": f"Man {number}"}) for number in range(3)]
     (tmp_path / "plain.jsonl").write_text("\n".join(lines))
@@ -206,13 +206,13 @@ def test_a_hellaswag_file_of_any_editor(tmp_path: Path) -> None:
     assert hellaswag.load(tmp_path / "A.PARQUET") == expected
 
 
-def test_a_prompt_from_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_from_windows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     given = io.TextIOWrapper(io.BytesIO(BOM + b"one\r\ntwo\r\n"))
     monkeypatch.setattr(sys, "stdin", given)
     assert generate.read_prompt(generate.Settings(prompt="-")) == "one\ntwo"
 
 
-def test_json_files_that_an_editor_has_marked(tmp_path: Path) -> None:
+def test_json_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     """A config.json, a manifest, and metrics with blank lines."""
     config = json.dumps({"settings": {"n_layer": 3}}, indent=2).replace("\n", "\r\n").encode()
     (tmp_path / "config.json").write_bytes(BOM + config)
@@ -226,7 +226,7 @@ def test_json_files_that_an_editor_has_marked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x_train_000001.npy", "a.txt", "a.parquet"])
-def test_a_git_lfs_pointer_is_no_data(tmp_path: Path, name: str) -> None:
+def test_a_git_lfs_pointer_is_refused_as_data(tmp_path: Path, name: str) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 200000128\n"
     (tmp_path / name).write_text(pointer)
     with pytest.raises(UserError, match=r"a Git LFS pointer, not the .*: .*git lfs pull"):

@@ -55,7 +55,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
     plot_loss.main()
 
 
-def test_a_runs_curves_are_read_as_recorded(train: Callable[..., Path]) -> None:
+def test_read_run_returns_the_recorded_curves(train: Callable[..., Path]) -> None:
     run = train()
     curves = plot_loss.read_run(run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -76,7 +76,7 @@ def test_a_plain_log_is_read(tmp_path: Path) -> None:
     }
 
 
-def test_moving_average_is_the_mean_of_the_values_around() -> None:
+def test_moving_average_is_centred() -> None:
     values = np.random.default_rng(0).random(50)
     values[7] = np.nan
     expected = [np.nanmean(values[max(0, i - 2) : i + 3]) for i in range(50)]
@@ -86,7 +86,7 @@ def test_moving_average_is_the_mean_of_the_values_around() -> None:
     np.testing.assert_allclose(plot_loss._moving_average(values, 1)[8:], values[8:])
 
 
-def test_runs_compared_in_one_figure(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_several_runs_share_one_figure(train: Callable[..., Path], tmp_path: Path) -> None:
     """Two runs, a baseline of one evaluation and a plain log, in a vector figure whose text can be read."""
     run = train("first")
     train("second", seed=2)
@@ -107,7 +107,7 @@ def test_runs_compared_in_one_figure(train: Callable[..., Path], tmp_path: Path)
     assert plot_loss.plot_run(run) == run / "loss_curves.png"
 
 
-def test_a_figure_of_one_evaluation_and_two_lengths(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_step_ticks_are_whole_and_averages_share_a_width(train: Callable[..., Path], tmp_path: Path) -> None:
     """Ticks at whole steps where there is nothing but step 0; compared runs averaged over the same span."""
     train("baseline", max_steps=0)
     svg = plot_loss.plot([tmp_path / "baseline"], tmp_path / "a.svg").read_text()
@@ -186,7 +186,7 @@ NAMES = [
 
 
 @posix
-def test_legend_has_every_name_as_it_is(tmp_path: Path, figures: list[Figure]) -> None:
+def test_the_legend_shows_every_name_unchanged(tmp_path: Path, figures: list[Figure]) -> None:
     """In every panel: of a run that trains, of one that was only scored, of one that was scored once."""
     runs = [write_run(tmp_path / name, TRAIN + SCORES) for name in NAMES]
     runs.append(write_run(tmp_path / "_scored", SCORES))
@@ -379,7 +379,7 @@ def test_a_figure_that_cannot_be_saved_leaves_the_earlier_one(
 
 
 @pytest.mark.parametrize("smooth", [2, 3, 1000, 10**30])
-def test_any_width_smooths(smooth: int, tmp_path: Path, figures: list[Figure]) -> None:
+def test_smooth_accepts_any_width(smooth: int, tmp_path: Path, figures: list[Figure]) -> None:
     plot_loss.plot([write_run(tmp_path / "run")], tmp_path / "a.png", smooth=smooth)
     smoothed = figures[0].axes[0].get_lines()[1].get_ydata()  # of the losses 5, 4, 3
     assert smoothed.tolist() == {2: [4.5, 3.5, 3.0], 3: [4.5, 4.0, 3.5]}.get(smooth, [4.0, 4.0, 4.0])
@@ -421,7 +421,7 @@ def test_plain_logs_of_any_editor_are_read(encode: Callable[[str], bytes], tmp_p
         plot_loss.read_run(log)
 
 
-def test_capitals_in_the_name_of_a_record_do_not_matter(tmp_path: Path, figures: list[Figure]) -> None:
+def test_the_metrics_file_may_have_capitals_in_its_name(tmp_path: Path, figures: list[Figure]) -> None:
     record = write_run(tmp_path / "run") / "metrics.jsonl"
     record = record.rename(record.with_name("METRICS.JSONL"))
     plot_loss.plot([record, write_run(tmp_path / "other.jsonl")], tmp_path / "a.png")
@@ -435,7 +435,9 @@ def test_capitals_in_the_name_of_a_record_do_not_matter(tmp_path: Path, figures:
 @pytest.mark.parametrize(
     ("backend", "folder", "kept"), [("nonsense", "MPLCONFIGDIR", ""), ("svg", "XDG_CONFIG_HOME", "svg")]
 )
-def test_the_environment_does_not_matter(backend: str, folder: str, kept: str, tmp_path: Path) -> None:
+def test_figures_do_not_depend_on_the_environment(
+    backend: str, folder: str, kept: str, tmp_path: Path
+) -> None:
     """A backend that is not there, a folder that is a file. A backend that is there stays the notebook's."""
     write_run(tmp_path / "run")
     script = (

@@ -62,7 +62,7 @@ def as_on_windows(tmp_path: Path, script: str, *args: str) -> subprocess.Complet
 
 
 @pytest.mark.slow
-def test_training_and_measuring_as_on_windows(tmp_path: Path, data_dir: Path) -> None:
+def test_training_and_bench_work_like_on_windows(tmp_path: Path, data_dir: Path) -> None:
     run = as_flags({**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run", "keep_checkpoints": 1})
     done = as_on_windows(tmp_path, "train_gpt2.py", "--preset", "demo", *run)
     assert done.returncode == 0, done.stderr
@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_flushed_is_an_error_and_a_folder_is_not(
         files.flush_to_disk(tmp_path / "file")
 
 
-def test_a_name_that_is_taken_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replace_waits_for_a_briefly_open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A virus scanner holds a new file open; os.replace fails until it is done."""
     busy, waits, real = [3], [], os.replace
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_someone_reads_is_removed_later(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_no_weights_stay_mapped_once_a_model_is_loaded(tmp_path: Path) -> None:
+def test_loading_leaves_no_mapped_weights(tmp_path: Path) -> None:
     """Windows neither renames nor removes a folder with a mapped file in it."""
     GPT(GPTConfig(8, 50257, 1, 1, 4)).save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path)
@@ -195,7 +195,7 @@ def test_text_files_have_the_same_bytes_on_windows(tmp_path: Path, monkeypatch: 
         assert b"\r" not in path.read_bytes(), path
 
 
-def test_git_leaves_the_ranks_as_they_are(tmp_path: Path) -> None:
+def test_git_keeps_the_bytes_of_the_ranks(tmp_path: Path) -> None:
     """With core.autocrlf, the default of Git for Windows, it would rewrite every text file's line ends."""
     for name in (".gitattributes", "assets/gpt2.tiktoken"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -209,7 +209,7 @@ def test_git_leaves_the_ranks_as_they_are(tmp_path: Path) -> None:
     assert files.sha256_of(ranks) == tokenizer.RANKS_SHA256
 
 
-def test_a_windows_path_is_recorded_so_that_any_system_can_read_it() -> None:
+def test_windows_paths_are_recorded_portably() -> None:
 
     recorded = run_folder.describe(settings.Settings(data_dir=PureWindowsPath(r"data\mine")), {})
     assert recorded["settings"]["data_dir"] == "data/mine"
@@ -219,7 +219,7 @@ def test_a_windows_path_is_recorded_so_that_any_system_can_read_it() -> None:
 
 
 @posix
-def test_ctrl_break_stops_a_run_as_sigterm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_break_stops_a_run_like_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     wakeup = signal.set_wakeup_fd(-1)
@@ -237,7 +237,7 @@ def test_ctrl_break_stops_a_run_as_sigterm_does(monkeypatch: pytest.MonkeyPatch)
             signal.signal(number, handler)
 
 
-def test_several_gpus_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_gpus_without_nccl_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in torchruns_variables(2).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(runtime, "_pick_device", lambda *_: torch.device("cuda", 0))
@@ -294,7 +294,7 @@ def test_apples_gpus_need_a_torch_without_known_errors(
 
 
 @pytest.mark.parametrize(("macos", "fine"), [("13.6.1", False), ("14.0", True), ("26.1", True)])
-def test_bf16_on_apples_gpus(macos: str, fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_on_apples_gpus_needs_macos_14(macos: str, fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     mps = torch.device("mps")
     monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), "arm64"))
     assert runtime.pick_dtype(mps, "auto") == torch.float32
@@ -339,7 +339,7 @@ def test_a_bad_step_is_skipped_where_adamw_ignores_found_inf() -> None:
     assert parameter.isfinite().all()
 
 
-def test_a_macs_memory_is_that_of_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_on_a_mac_comes_from_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3_000_000_000)
     assert hardware.peak_memory(torch.device("mps")) == 3_000_000_000
     assert hardware.gigabytes(None) == "not measured" and hardware.gigabytes(3.0) == "3.00 GB"

@@ -57,7 +57,7 @@ def events(run: Path, name: str) -> list[dict[str, object]]:
 # ---------------------------------------------------------------- there and back
 
 
-def test_the_newest_checkpoint_is_on_the_hub(
+def test_push_sends_the_newest_checkpoint(
     train: Train, hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = train(push_to_hub=REPO, reload_checkpoints=True)
@@ -77,7 +77,7 @@ def test_the_newest_checkpoint_is_on_the_hub(
     assert TOKEN not in shown.out + shown.err
 
 
-def test_a_box_that_is_thrown_away(
+def test_a_run_continues_on_a_new_machine(
     train: Train, hub: LoopbackHub, undisturbed: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """The same command on the next box: bit for bit what an undisturbed run writes."""
@@ -147,7 +147,7 @@ def settings_of(run: Path, **values: object) -> settings.Settings:
 
 
 @pytest.mark.parametrize("status", [503, 429, 412, 0])
-def test_an_outage(
+def test_an_outage_is_retried_and_reported_once(
     hub: LoopbackHub, undisturbed: Path, record: Metrics, status: int, capsys: pytest.CaptureFixture
 ) -> None:
     """One line and one event about all attempts; afterwards the newest is sent, and no older one."""
@@ -172,7 +172,7 @@ def test_an_outage(
     assert shown.count("warning: step_000002 not sent: ") == shown.count("warning") == 1
 
 
-def test_a_repository_that_vanishes(
+def test_a_vanished_repository_does_not_end_the_run(
     train: Train, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     push_now = push.Pusher._push
@@ -199,7 +199,7 @@ def test_the_wait_at_the_end_is_bounded(
     assert check_complete(hub.repo(REPO).files, run.parent) == [6]
 
 
-def test_a_checkpoint_removed_while_it_is_sent(
+def test_a_checkpoint_can_be_removed_while_it_is_sent(
     hub: LoopbackHub, undisturbed: Path, record: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import HfApi
@@ -240,7 +240,7 @@ def test_the_newest_and_the_best_are_kept(
     assert [checkpoint.step_of(folder) for folder in checkpoint.folders(undisturbed)] == [6, 2]
 
 
-def test_all_older_checkpoints_go(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
+def test_a_push_deletes_all_older_checkpoints(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
     """In the commit that adds the newest."""
     older = {}
     for step in (1, 2, 3):
@@ -256,7 +256,9 @@ def test_all_older_checkpoints_go(hub: LoopbackHub, undisturbed: Path, record: M
     assert hub.repo(REPO).files["metrics.jsonl"].endswith(b"}\n")
 
 
-def test_a_commit_whose_answer_is_lost(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
+def test_a_commit_whose_answer_is_lost_is_recognised(
+    hub: LoopbackHub, undisturbed: Path, record: Metrics
+) -> None:
     """The repository has it; the next attempt finds its own step there, and takes it for no one else's."""
     s = settings_of(undisturbed)
     pusher = push.Pusher(s, push.prepare(s), None)
@@ -282,7 +284,9 @@ def test_a_damaged_checkpoint_replaces_nothing(hub: LoopbackHub, undisturbed: Pa
     assert "damaged" in events(undisturbed, "push failed")[0]["reason"]
 
 
-def test_two_machines_that_push_the_same_run(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
+def test_the_machine_that_is_behind_stops_pushing(
+    hub: LoopbackHub, undisturbed: Path, record: Metrics
+) -> None:
     """The one that is behind sends nothing more."""
     s = settings_of(undisturbed)
     pusher = push.Pusher(s, push.prepare(s), None)
@@ -294,7 +298,7 @@ def test_two_machines_that_push_the_same_run(hub: LoopbackHub, undisturbed: Path
     assert "another machine has sent step 8" in events(undisturbed, "push failed")[0]["reason"]
 
 
-def test_a_commit_of_another_machine_in_the_last_moment(
+def test_a_concurrent_commit_is_noticed(
     hub: LoopbackHub, undisturbed: Path, record: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between looking at the repository and committing to it: nothing of that machine's is lost."""
@@ -314,7 +318,7 @@ def test_a_commit_of_another_machine_in_the_last_moment(
 # ---------------------------------------------------------------- what is refused at the start
 
 
-def test_a_wrong_token(hub: LoopbackHub, data_dir: Path, tmp_path: Path) -> None:
+def test_a_wrong_token_is_one_line(hub: LoopbackHub, data_dir: Path, tmp_path: Path) -> None:
     values = {**TINY, "data_dir": data_dir, "dataset_repo": "none", "out_dir": tmp_path / "run"}
     flags = as_flags({**values, "push_to_hub": REPO, "resume": True})
     wrong = "hf_" + "x" * 30
@@ -339,7 +343,7 @@ def test_a_wrong_token(hub: LoopbackHub, data_dir: Path, tmp_path: Path) -> None
         ("ann/notes", TOKEN, "holds something other than a pushed run"),
     ],
 )
-def test_what_is_refused_at_the_start(
+def test_unsuitable_repositories_are_refused_at_the_start(
     train: Train, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo_id: str, token: str,
     message: str,
 ) -> None:  # fmt: skip
@@ -356,7 +360,7 @@ def test_what_is_refused_at_the_start(
     assert {key: repo.sha for key, repo in hub.repos.items()} == before
 
 
-def test_a_repository_that_holds_a_run(
+def test_a_repository_with_a_run_needs_resume_or_overwrite(
     train: Train, hub: LoopbackHub, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     train(push_to_hub=REPO)
@@ -379,7 +383,9 @@ def test_a_repository_that_holds_a_run(
     assert hub.repo(REPO).files.items() >= contents(third, 2).items()
 
 
-def test_public_and_private(train: Train, hub: LoopbackHub, capsys: pytest.CaptureFixture) -> None:
+def test_repositories_are_private_unless_push_public(
+    train: Train, hub: LoopbackHub, capsys: pytest.CaptureFixture
+) -> None:
     train("a", push_to_hub="ann/a", push_public=True, max_steps=2)
     assert not hub.repo("ann/a").private
     assert "is public" not in capsys.readouterr().out
@@ -392,7 +398,7 @@ def test_public_and_private(train: Train, hub: LoopbackHub, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("status", [503, 0])
-def test_a_hub_out_of_reach_at_the_start(
+def test_a_hub_out_of_reach_at_the_start_does_not_stop_a_resume(
     train: Train, hub: LoopbackHub, tmp_path: Path, status: int, capsys: pytest.CaptureFixture
 ) -> None:
     """With a local checkpoint the run continues; without one, a fresh start could replace the real run."""
@@ -427,7 +433,7 @@ def test_the_newer_of_disk_and_hub_wins(
 
 
 @pytest.mark.parametrize("damage", ["older", "damaged"])
-def test_newer_on_the_hub(
+def test_a_resume_fetches_a_newer_run_from_the_hub(
     train: Train, hub: LoopbackHub, undisturbed: Path, damage: str, capsys: pytest.CaptureFixture
 ) -> None:
     run = train(push_to_hub=REPO, min_lr_ratio=1.0)
@@ -442,7 +448,7 @@ def test_newer_on_the_hub(
     check_same(run, undisturbed, 6)
 
 
-def test_what_arrives_damaged_gets_no_name(
+def test_damaged_downloads_get_no_name(
     train: Train, hub: LoopbackHub, tmp_path: Path, undisturbed: Path
 ) -> None:
     run = train(push_to_hub=REPO, max_steps=4, min_lr_ratio=1.0)
@@ -458,7 +464,9 @@ def test_what_arrives_damaged_gets_no_name(
     check_same(run, undisturbed, 6)
 
 
-def test_no_name_leads_out_of_the_folder(train: Train, hub: LoopbackHub, tmp_path: Path) -> None:
+def test_no_file_of_a_repository_leads_out_of_the_folder(
+    train: Train, hub: LoopbackHub, tmp_path: Path
+) -> None:
     run = train(push_to_hub=REPO, max_steps=2)
     shutil.rmtree(run)
     hub.put(REPO, {"checkpoints/step_000002/../../../../up.txt": b"x", "checkpoints/step_000009x/a": b"x"})

@@ -99,7 +99,7 @@ def names_of_steps(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_ranks_train_as_one_does(
+def test_two_ranks_train_like_one(
     train: Train, train_together: Callable, tmp_path: Path, optimizer: str
 ) -> None:
     whole = train(optimizer=optimizer)
@@ -110,7 +110,7 @@ def test_two_ranks_train_as_one_does(
     assert summary["hardware"]["processes"] == 2
 
 
-def test_a_failure_on_one_rank_and_an_overdue_checkpoint_on_another(
+def test_ranks_agree_on_failures_and_overdue_checkpoints(
     train: Train, train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
@@ -132,7 +132,7 @@ def test_a_failure_on_one_rank_and_an_overdue_checkpoint_on_another(
     assert names_of_steps(run) == [1, 2, 3, 4, 5, 6]
 
 
-def test_only_the_rank_that_saves_knows_when_a_checkpoint_is_overdue(
+def test_only_rank_0_decides_that_a_checkpoint_is_overdue(
     train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock on which a step of rank 0 takes a minute."""
@@ -148,7 +148,7 @@ def test_only_the_rank_that_saves_knows_when_a_checkpoint_is_overdue(
     assert names_of_steps(tmp_path / "two") == [3, 6]
 
 
-def test_one_rank_alone_pushes_and_draws(
+def test_only_rank_0_pushes_and_draws(
     train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent, drawn, draw = [], [], sampling.draw_samples
@@ -164,7 +164,7 @@ def test_one_rank_alone_pushes_and_draws(
 @pytest.mark.parametrize(
     ("place", "last", "interval"), [("validate", 2, 0), ("validate", 2, 2), ("step", 5, 0)]
 )
-def test_a_signal_to_one_rank(
+def test_a_signal_to_one_rank_stops_all(
     train: Train, train_together: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str,
     last: int, interval: int, number: int,
 ) -> None:  # fmt: skip
@@ -224,7 +224,7 @@ def test_a_machine_with_faulty_data_ends_the_run_on_all(
     assert not (tmp_path / "two").exists()
 
 
-def test_a_model_that_one_machine_lacks_ends_both(train_together: Callable, tmp_path: Path) -> None:
+def test_a_model_missing_on_one_machine_ends_both(train_together: Callable, tmp_path: Path) -> None:
     GPT(GPTConfig(16, 50257, 1, 1, 8)).save_pretrained(tmp_path / "model")
 
     def differs(rank: int, s: train_gpt2.Settings) -> train_gpt2.Settings:
@@ -234,7 +234,7 @@ def test_a_model_that_one_machine_lacks_ends_both(train_together: Callable, tmp_
     assert all(isinstance(end, UserError) and "missing" in str(end) for end in ends), ends
 
 
-def test_all_ranks_compile_or_none_does(train_together: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_compile_or_none(train_together: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default a P100 does not, and a V100 beside it does."""
     tried = []
     monkeypatch.setattr(compiler, "try_out", lambda rt: tried.append(rt.rank))
@@ -286,7 +286,7 @@ def test_each_machine_fetches_its_own_data(
     assert train_together(own, max_steps=1) == [0, 0]
 
 
-def test_a_machine_without_the_checkpoint_ends_the_resume_on_all(
+def test_a_checkpoint_missing_on_one_machine_ends_the_resume_on_all(
     train: Train, train_together: Callable, tmp_path: Path
 ) -> None:
     train("two", max_steps=2)
@@ -306,7 +306,7 @@ def test_a_machine_without_the_checkpoint_ends_the_resume_on_all(
 
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("without", [0, 1])
-def test_a_hellaswag_file_that_one_rank_lacks(
+def test_a_hellaswag_file_missing_on_one_rank_is_skipped_on_all(
     train: Train, train_together: Callable, tmp_path: Path, without: int, begun: bool
 ) -> None:
     """A new run ends with an error on both; one that has begun goes on without, on both."""
@@ -328,7 +328,9 @@ def test_a_hellaswag_file_that_one_rank_lacks(
     assert not (tmp_path / "two").exists()
 
 
-def test_two_ranks_find_the_score_of_one(train: Train, train_together: Callable, tmp_path: Path) -> None:
+def test_two_ranks_get_the_hellaswag_score_of_one(
+    train: Train, train_together: Callable, tmp_path: Path
+) -> None:
     file = tmp_path / "examples.jsonl"
     examples = [{**EXAMPLE, "ctx": "a b " + "c " * n, "label": n % 4} for n in range(9)]
     file.write_text("".join(json.dumps(example) + "\n" for example in examples))
@@ -342,7 +344,7 @@ def test_two_ranks_find_the_score_of_one(train: Train, train_together: Callable,
 # ---------------------------------------------------------------- the start
 
 
-def test_the_micro_batch_is_what_fits_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_micro_batch_fits_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search finds 16 here: with 4, or 64, on another one the step has the smaller."""
     for others, expected in ((4, 4), (64, 16), (0, None)):
 

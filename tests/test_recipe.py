@@ -31,20 +31,20 @@ def law(tokens: float, factor: float) -> float:
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.0, 1.5, 3.9])
-def test_tokens_to_a_loss(factor: float) -> None:
+def test_tokens_to_reach_a_loss_are_interpolated(factor: float) -> None:
     tokens = [1e6, 2e6, 4e6]
     losses = [law(t, factor) for t in tokens]
     target = law(4e6, 1)
     assert recipe_report.tokens_to_reach(target, tokens, losses) == pytest.approx(4e6 / factor)
 
 
-def test_no_guess_far_beyond_the_runs() -> None:
+def test_tokens_far_beyond_the_runs_are_unknown() -> None:
     tokens = [1e6, 2e6]
     assert math.isnan(recipe_report.tokens_to_reach(law(4.1e6, 1), tokens, [law(t, 1) for t in tokens]))
     assert math.isnan(recipe_report.tokens_to_reach(5.0, tokens, [6.0, 6.1]))
 
 
-def test_confidence_interval() -> None:
+def test_confidence_intervals_match_the_t_distribution() -> None:
     mean, half = recipe_report.interval([1.0, 2.0, 3.0])
     assert mean == 2
     assert half == pytest.approx(4.303 / math.sqrt(3))  # Student's t for two degrees of freedom
@@ -52,7 +52,7 @@ def test_confidence_interval() -> None:
 
 
 @pytest.mark.parametrize("best", [-5, 0, 3])
-def test_the_sweep_goes_on_until_the_best_lies_between_two(
+def test_the_sweep_continues_until_the_best_rate_lies_between_two(
     best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
@@ -111,7 +111,7 @@ def test_a_run_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Ladder(s).train(*run)
 
 
-def test_a_recipe_that_changes_under_its_name_is_trained_anew(
+def test_a_recipe_changed_under_its_name_is_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where the folder of its earlier run is still there."""
@@ -128,7 +128,7 @@ def test_a_recipe_that_changes_under_its_name_is_trained_anew(
     assert Ladder(s).train(*run)["loss"] != earlier["loss"]
 
 
-def test_too_large_a_rate_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_run_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of the end of the ladder, as the fifth step in a row that is not finite would be."""
     write_shard(tmp_path / "tiny_val_000000.npy", 40 * 64)
     write_shard(tmp_path / "tiny_train_000001.npy", 400 * 64, 1)
@@ -206,7 +206,7 @@ def test_recipes_are_compared_by_seed() -> None:
     assert "| 2x64 | muon | 0.002 | 10 | 3 | 0.5273 | 0.62 (0.62 to 0.62) | 0.78 (0.78 to 0.78) |  |" in text
 
 
-def test_a_line_is_continued_with_its_error() -> None:
+def test_extrapolation_has_a_valid_confidence_interval() -> None:
     """The interval holds the truth in 95 of 100 draws."""
     rng = np.random.default_rng(0)
     x, at = [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0], 8.0
@@ -256,7 +256,7 @@ def test_variants_are_compared_with_their_base() -> None:
     assert "nan" not in recipe_report.text(of_one_length)
 
 
-def test_a_variant_starts_where_its_base_ends_and_a_rung_where_the_one_below_does(
+def test_sweeps_start_at_the_best_rate_of_base_or_smaller_rung(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[tuple[str, int]] = []

@@ -37,13 +37,13 @@ def gradients(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> lis
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_equal_bit_for_bit(dtype: torch.dtype, dropout: float) -> None:
+def test_recompute_gives_the_same_gradients_bit_for_bit(dtype: torch.dtype, dropout: float) -> None:
     kept, computed = (gradients(small_model(dropout, recompute), dtype) for recompute in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(kept, computed, strict=True))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_compiled_gradients_are_equal(dropout: float) -> None:
+def test_compiled_recompute_gives_the_same_gradients(dropout: float) -> None:
     """By what torch.compile makes of the passes before Inductor: one graph, which computes blocks again."""
     torch._dynamo.reset()
     results = []
@@ -56,7 +56,7 @@ def test_compiled_gradients_are_equal(dropout: float) -> None:
         torch.testing.assert_close(computed, kept, atol=1e-7, rtol=1e-5)
 
 
-def test_only_the_inputs_of_blocks_are_kept() -> None:
+def test_recompute_keeps_only_the_inputs_of_blocks() -> None:
     kept = []
     for recompute in (False, True):
         sizes = []
@@ -68,7 +68,7 @@ def test_only_the_inputs_of_blocks_are_kept() -> None:
     assert kept[1] < kept[0] / 10
 
 
-def test_what_is_computed_again_is_what_plans_count() -> None:
+def test_recomputed_flops_match_the_plan() -> None:
     """By torch's own count: everything in a block but its last product, which backward does not need."""
     config, flops = GPTConfig(24, 101, 3, 4, 32), []
     for recompute in (False, True):
@@ -82,12 +82,12 @@ def test_what_is_computed_again_is_what_plans_count() -> None:
 
 
 @pytest.mark.parametrize("values", [{"optimizer": "muon"}, {"dtype": "bfloat16", "dropout": 0.1}])
-def test_a_run_has_the_same_losses(train: Train, values: dict[str, object]) -> None:
+def test_a_run_with_recompute_has_the_same_losses(train: Train, values: dict[str, object]) -> None:
     assert history(train("on", recompute=True, **values)) == history(train("off", **values))
 
 
 @pytest.mark.slow
-def test_on_two_processes(tmp_path: Path, data_dir: Path) -> None:
+def test_two_processes_recompute_to_the_same_losses(tmp_path: Path, data_dir: Path) -> None:
     flags = {**TINY, "data_dir": data_dir, "dataset_repo": "none", "micro_batch_size": 2, "dropout": 0.1}
     runs = []
     for recompute in (False, True):
@@ -99,7 +99,7 @@ def test_on_two_processes(tmp_path: Path, data_dir: Path) -> None:
     assert json.loads((tmp_path / "True" / "config.json").read_text())["settings"]["recompute"]
 
 
-def test_not_with_dropout_on_apples_gpus() -> None:
+def test_recompute_with_dropout_is_refused_on_apples_gpus() -> None:
     """torch.utils.checkpoint keeps the state of no generator there."""
     s = dataclasses.replace(PRESETS["demo"], n_layer=1, n_head=1, n_embd=4, dropout=0.1, recompute=True)
     with pytest.raises(UserError, match="--recompute --dropout: not together"):

@@ -74,7 +74,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cuda:0", torch.bfloat16), ("cuda:1", torch.float16)])
-def test_the_precision_is_that_of_the_own_gpu(
+def test_the_precision_depends_on_this_process_s_gpu(
     device: str, dtype: torch.dtype, two_gpus: pytest.MonkeyPatch
 ) -> None:
     rt = runtime.start(device, "auto")
@@ -82,7 +82,7 @@ def test_the_precision_is_that_of_the_own_gpu(
     assert runtime.start(device, "bfloat16").dtype == torch.bfloat16
 
 
-def test_a_process_of_a_second_machine(two_gpus: pytest.MonkeyPatch) -> None:
+def test_a_process_on_a_second_machine_uses_its_local_gpu(two_gpus: pytest.MonkeyPatch) -> None:
     """Its GPU is that of its rank on the machine; and with an A100 it trains as the T4 beside it does."""
     joined: list[dict[str, object]] = []
     two_gpus.setattr(dist, "is_nccl_available", lambda: True)
@@ -111,7 +111,7 @@ def test_a_process_of_a_second_machine(two_gpus: pytest.MonkeyPatch) -> None:
         assert runtime.start("auto", "bfloat16").dtype == torch.bfloat16
 
 
-def test_a_group_is_left_once_its_result_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_is_destroyed_after_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU an all-reduce is under way when the call returns, and its end is what reading waits for."""
     events = []
 
@@ -129,12 +129,12 @@ def test_a_group_is_left_once_its_result_is_there(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", "xpu", "nonsense"])
-def test_devices_that_are_not_there(device: str) -> None:
+def test_missing_devices_are_refused(device: str) -> None:
     with pytest.raises(UserError, match=f"--device {device}"):
         runtime.start(device, "auto")
 
 
-def test_only_torchrun_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_death_of_torchrun_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run from a shell that is closed (nohup, tmux) has lost its parent too, and continues."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert runtime.start("cpu", "float32").agent == 0
@@ -144,7 +144,7 @@ def test_only_torchrun_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @posix
 @pytest.mark.parametrize(("is_there", "number"), [(True, 0), (False, signal.SIGTERM)])
-def test_the_death_of_torchrun_stops_a_run_as_sigterm_does(
+def test_the_death_of_torchrun_stops_a_run_like_sigterm(
     monkeypatch: pytest.MonkeyPatch, is_there: bool, number: int
 ) -> None:
     """With a real one in tests/faults."""
@@ -164,7 +164,7 @@ def test_the_death_of_torchrun_stops_a_run_as_sigterm_does(
             signal.signal(each, handler)
 
 
-def test_largest_power_of_two() -> None:
+def test_largest_power_of_two_stops_at_the_limit() -> None:
     tried = []
     assert hardware.largest_power_of_two(lambda B: tried.append(B) or B <= 9, 100) == 8
     assert tried == [1, 2, 4, 8, 16]  # from small to large: nothing twice as large as need be is tried
@@ -235,7 +235,9 @@ CUDA = runtime.Runtime(torch.device("cuda", 0), torch.float32)
     ],
     ids=["torch", "cublas", "cublas handle", "cudnn", "spills"],
 )
-def test_search_for_the_micro_batch(failure: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_finds_the_largest_micro_batch(
+    failure: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = Machine(monkeypatch, 4000, failure)
     # 120 parameters with 8 bytes of moments each; 16 sequences take 1600 bytes, 32 take 3200.
     assert hardware.largest_micro_batch(machine, 8, 64, 3, "adamw", CUDA) == 16
@@ -248,7 +250,7 @@ def test_search_for_the_micro_batch(failure: Exception | None, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("total", "B"), [(1760, 4), (1860, 8)])
-def test_search_leaves_room_and_does_not_accumulate_what_a_step_does_not(
+def test_the_search_leaves_headroom_and_accumulates_like_a_step(
     total: float, B: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 8 sequences, one round: 960 bytes of moments, 800 of activations, and one part in twenty to spare.
@@ -257,20 +259,20 @@ def test_search_leaves_room_and_does_not_accumulate_what_a_step_does_not(
     assert [trial for trial in machine.trials if trial[0] == 8] == [(8, 1, False)]
 
 
-def test_search_passes_on_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_raises_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         hardware.largest_micro_batch(machine, 8, 8, 0, "adamw", CUDA)
 
 
-def test_search_says_if_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_reports_that_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(UserError, match="--sequence-length 8: not one sequence"):
         hardware.largest_micro_batch(machine, 8, 8, 0, "adamw", CUDA)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_reserved_states_are_those_that_a_step_makes(optimizer: str) -> None:
+def test_reserved_states_match_those_of_a_step(optimizer: str) -> None:
     model = GPT(GPTConfig(8, 50, 2, 2, 8))
     optimizers = optim.build_optimizers(model, optimizer, 1e-3, 1.0, 0.1)
     model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))[1].backward()
@@ -351,7 +353,7 @@ def test_no_thread_of_the_process_group_is_left(fails: bool, tmp_path: Path) -> 
     assert (done.returncode, done.stdout) == (0, "left: []\n"), done.stderr[-2000:]
 
 
-def test_gradients_that_accumulate_are_not_yet_in_ddps_buckets() -> None:
+def test_accumulating_gradients_are_outside_ddps_buckets() -> None:
     """Why several processes need memory for buckets beside gradients: DDP moves them in the last round."""
     with group_of_one() as rt:
         module = torch.nn.Linear(4, 4)
@@ -413,7 +415,7 @@ def test_measured_peak_is_a_rate_of_this_machine() -> None:
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="elsewhere a process has its own peak anyway"
 )
-def test_peak_memory_is_not_the_parents() -> None:
+def test_peak_memory_excludes_that_of_the_parent() -> None:
     """Linux lets a new process begin with the largest peak of the one that started it (ru_maxrss)."""
     np.ones(125_000_000)  # of this process: a gigabyte
     assert hardware.peak_memory(CPU) > 1e9
@@ -454,7 +456,7 @@ print("never")
 
 
 @pytest.mark.slow
-def test_processes_are_patient_only_while_data_is_fetched(tmp_path: Path) -> None:
+def test_processes_wait_long_only_for_downloads(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(PATIENCE)
     begin = time.monotonic()
     done = subprocess.run(
@@ -477,7 +479,7 @@ def test_processes_are_patient_only_while_data_is_fetched(tmp_path: Path) -> Non
         ("2.13.0", 192, 0.0, True),
     ],
 )
-def test_training_keeps_away_from_faulty_attention(
+def test_training_avoids_faulty_attention(
     version: str, T: int, dropout: float, enabled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in the search for the micro-batch."""

@@ -55,13 +55,13 @@ def script(tmp_path: Path, must_finish: bool, redirections: str) -> tuple[int, s
     "redirections",
     ["2>/dev/null >&-", "<&- >&- 2>&-", "2>/dev/null >/dev/full", "2>&1 >/dev/null </dev/null | head -1 >&2"],
 )
-def test_work_that_must_finish_goes_on_without_listeners(tmp_path: Path, redirections: str) -> None:
+def test_training_continues_without_a_reader_of_its_output(tmp_path: Path, redirections: str) -> None:
     status, _, finished = script(tmp_path, True, redirections)
     assert (status, finished) == (0, True)
 
 
 @posix
-def test_a_script_whose_output_is_its_product_ends_with_its_reader(tmp_path: Path) -> None:
+def test_a_script_that_prints_its_result_ends_with_its_reader(tmp_path: Path) -> None:
     """Quietly, as behind `| head`; a full disk is an error of one line. Warnings may go unread."""
     assert script(tmp_path, False, "</dev/null 2>/dev/null | head -1 >/dev/null")[::2] == (1, False)
     status, errors, finished = script(tmp_path, False, "</dev/null 3>&2 2>/dev/full >/dev/null")
@@ -72,7 +72,7 @@ def test_a_script_whose_output_is_its_product_ends_with_its_reader(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("must_finish", "place"), [(True, "the disk"), (False, "standard output")])
-def test_a_full_disk_is_not_taken_for_the_output(
+def test_a_full_disk_is_not_blamed_on_the_output(
     must_finish: bool, place: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error of an open file does not say which: where output cannot fail, it is no output."""
@@ -113,7 +113,7 @@ def test_a_script_runs_with_the_streams_of_a_notebook(monkeypatch: pytest.Monkey
 
 
 @posix
-def test_training_goes_on_when_its_terminal_closes(data_dir: Path, tmp_path: Path) -> None:
+def test_training_continues_when_its_terminal_closes(data_dir: Path, tmp_path: Path) -> None:
     """With SIGHUP ignored, as by nohup: to the last step, with all of it in metrics.jsonl."""
     import pty
 
@@ -142,7 +142,7 @@ QUICK = {
 
 
 @posix
-def test_sighup_stops_a_run_as_sigterm_does_unless_it_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sighup_stops_a_run_like_sigterm_unless_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     received = lambda stop: wait_for(lambda: stop.number)  # noqa: E731
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -169,7 +169,7 @@ def wait_for(value: Callable[[], object]) -> object:
     return None
 
 
-def test_generate_without_a_standard_input_samples_from_an_empty_prompt(
+def test_generate_without_stdin_samples_from_an_empty_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     torch.manual_seed(0)

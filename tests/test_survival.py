@@ -88,7 +88,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("what", FAILURES)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), IndexError("a bug")])
-def test_an_evaluation_that_fails_is_an_event(
+def test_a_failed_evaluation_is_an_event(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     with_hellaswag: dict[str, object], what: str, error: Exception,
 ) -> None:  # fmt: skip
@@ -118,7 +118,7 @@ def test_an_evaluation_that_fails_is_an_event(
     assert history(run, kinds=others) == history(whole, kinds=others)
 
 
-def test_a_record_that_cannot_be_written_ends_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_that_cannot_be_written_end_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Metrics.log
 
     def full(self: Metrics, step: int, kind: str, **values: object) -> None:
@@ -131,7 +131,7 @@ def test_a_record_that_cannot_be_written_ends_the_run(train: Train, monkeypatch:
         train()
 
 
-def test_a_failure_frees_its_memory_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_evaluation_frees_its_memory_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the cache is emptied, the tensors of the failed work are gone: the error had held them."""
     held, emptied = [], []
     rt = SimpleNamespace(
@@ -172,7 +172,7 @@ def until_done(train: Train, monkeypatch: pytest.MonkeyPatch, **settings: object
     raise AssertionError("trapped")
 
 
-def test_an_evaluation_is_made_up_for_after_a_kill(
+def test_a_resumed_run_repeats_an_evaluation_after_a_kill(
     train: Train, monkeypatch: pytest.MonkeyPatch, with_hellaswag: dict[str, object]
 ) -> None:
     """Killed in it, with its checkpoint written: the record is that of a run without the kill."""
@@ -199,7 +199,7 @@ def test_an_evaluation_is_made_up_for_after_a_kill(
 
 @pytest.mark.parametrize("what", ["validation", "HellaSwag"])
 @pytest.mark.parametrize(("step", "interval"), [(0, 100), (2, 2), (4, 100), (6, 100)])
-def test_a_signal_cuts_an_evaluation_off(
+def test_a_signal_interrupts_an_evaluation(
     train: Train,
     monkeypatch: pytest.MonkeyPatch,
     with_hellaswag: dict[str, object],
@@ -249,9 +249,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(evaluation, "validate", signalled)
 
 
-def test_a_checkpoint_that_failed_is_written_again_before_a_stop(
-    train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_checkpoint_is_retried_before_a_stop(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one of step 2, on its way in the background when a signal cuts the step's validation off."""
     stop_at(monkeypatch, 1)
     write, calls = checkpoint._write, itertools.count()
@@ -267,7 +265,7 @@ def test_a_checkpoint_that_failed_is_written_again_before_a_stop(
     assert [event["reason"] for event in events(run, "checkpoint failed")] == ["no space"]
 
 
-def test_a_validation_that_is_cut_off_is_no_end_of_patience(
+def test_an_interrupted_validation_does_not_end_patience(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Resumed with less patience than the record has bad validations, and stopped again at once."""
@@ -319,7 +317,7 @@ def test_overwrite_forgets_earlier_deaths(
     assert [r["step"] for r in history(run, kinds=("val",))] == [0, 2, 4, 6]
 
 
-def test_a_hellaswag_file_damaged_during_the_run(train: Train, tmp_path: Path) -> None:
+def test_a_hellaswag_file_damaged_during_the_run_does_not_end_it(train: Train, tmp_path: Path) -> None:
     """At the first start it is the user's mistake; later the run continues without it."""
     file = tmp_path / "hellaswag.jsonl"
     settings = {"hellaswag_interval": 100, "hellaswag_data": str(file), "resume": True, "block_size": 64}
@@ -353,7 +351,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("way", ["a signal", "an overdue checkpoint", "patience", "nothing"])
-def test_the_record_goes_as_far_as_the_checkpoint(
+def test_resumed_metrics_end_at_the_checkpoint(
     train: Train, late: None, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Whatever ends the run, or has it saved, in the middle: all steps of each checkpoint are on record."""
@@ -391,7 +389,7 @@ def test_the_record_goes_as_far_as_the_checkpoint(
         assert history(run) == history(whole)
 
 
-def test_bad_steps_are_counted_as_they_are_reported(
+def test_bad_steps_are_counted_when_reported(
     train: Train, late: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = GPT.forward, iter(range(1, 100))
@@ -411,7 +409,7 @@ def test_bad_steps_are_counted_as_they_are_reported(
 # ---------------------------------------------------------------- checkpoints by time
 
 
-def test_checkpoints_by_time(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_minutes_write_checkpoints_by_time(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that advances a minute whenever it is read: once before training, per step, per checkpoint."""
     whole = train("whole", checkpoint_interval=0, checkpoint_minutes=0)
     minutes = itertools.count()
@@ -423,7 +421,7 @@ def test_checkpoints_by_time(train: Train, monkeypatch: pytest.MonkeyPatch) -> N
     assert steps_kept(never) == [6]
 
 
-def test_resuming_from_a_checkpoint_by_time(train: Train) -> None:
+def test_a_run_resumes_from_a_checkpoint_by_time(train: Train) -> None:
     whole = train("whole")
     part = train("part", checkpoint_interval=0, checkpoint_minutes=1e-9, keep_checkpoints=9)
     for folder in checkpoint.folders(part)[:3]:
@@ -455,7 +453,7 @@ def test_an_intact_checkpoint_is_not_written_again(train: Train) -> None:
 # ---------------------------------------------------------------- the best checkpoint
 
 
-def test_the_best_checkpoint_stays(
+def test_keep_best_keeps_the_best_checkpoint(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     set_losses(
@@ -477,7 +475,7 @@ def test_the_best_checkpoint_stays(
     assert steps_kept(run) == [4, 6]
 
 
-def test_the_best_survives_a_resume(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_survives_a_resume(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"val_interval": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "keep_best": True}
     set_losses(monkeypatch, [9.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     train(max_steps=3, **settings)
@@ -485,7 +483,9 @@ def test_the_best_survives_a_resume(train: Train, monkeypatch: pytest.MonkeyPatc
     assert steps_kept(run) == [1, 6]
 
 
-def test_names_of_models_with_colons(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_names_may_contain_colons(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = train("c:runs", max_steps=2)
     newest = str(checkpoint.folder_of(run, 2))
     assert run_files.find_model(str(run)) == newest
@@ -503,7 +503,7 @@ def test_names_of_models_with_colons(train: Train, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("keep_best", [False, True])
-def test_patience(
+def test_patience_stops_the_run_early(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     with_hellaswag: dict[str, object], keep_best: bool,
 ) -> None:  # fmt: skip
@@ -536,14 +536,14 @@ def test_patience(
 # ---------------------------------------------------------------- settings
 
 
-def test_settings_that_need_validations() -> None:
+def test_keep_best_and_patience_need_validations() -> None:
     for name, value in (("keep_best", True), ("patience", 3)):
         s = dataclasses.replace(PRESETS["demo"], val_interval=0, **{name: value})
         with pytest.raises(UserError, match="--val-interval 0: needs validations"):
             check_settings(s, 1)
 
 
-def test_the_config_of_an_older_run(train: Train) -> None:
+def test_a_config_without_newer_settings_gets_their_defaults(train: Train) -> None:
     config = train(max_steps=1, seed=5) / "config.json"
     recorded = json.loads(config.read_text())
     for name in ("checkpoint_minutes", "keep_best", "patience"):

@@ -13,7 +13,7 @@ from support import tokenizer
 from support.cli import UserError
 
 
-def test_known_ids() -> None:
+def test_known_texts_have_known_ids() -> None:
     enc = tokenizer.get_encoding()
     assert isinstance(enc, tiktoken.Encoding)
     assert enc.n_vocab == tokenizer.VOCAB_SIZE == 50257
@@ -25,7 +25,9 @@ def test_known_ids() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=200))
-def test_same_ids_as_transformers(exported: transformers.PreTrainedTokenizerBase, text: str) -> None:
+def test_ids_equal_those_of_transformers_for_any_text(
+    exported: transformers.PreTrainedTokenizerBase, text: str
+) -> None:
     text = text.replace("<|endoftext|>", "")
     ids = tokenizer.get_encoding().encode_ordinary(text)
     assert exported(text)["input_ids"] == ids

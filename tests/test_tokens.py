@@ -107,7 +107,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @settings(max_examples=300, deadline=None)
 @given(text=texts)
-def test_the_rule_splits_as_tiktokens_own_spelling(published: tiktoken.Encoding, text: str) -> None:
+def test_our_splitting_rule_splits_like_tiktokens(published: tiktoken.Encoding, text: str) -> None:
     ids, _ = build_shards.encode([text, "end"])
     expected = [50256, *published.encode_ordinary(text)] if text else []
     assert ids.tolist() == [*expected, 50256, 437]
@@ -156,7 +156,7 @@ def test_documents_decode_back_to_the_input(
     assert manifest["skipped"] == documents.count("") + 2
 
 
-def test_every_format_holds_the_same(tmp_path: Path) -> None:
+def test_every_file_format_gives_the_same_shards(tmp_path: Path) -> None:
     documents = ["One.\r\ntwo <|endoftext|>", "日本\0語 🤖", "x" * 3000, "last\n"]
     write_jsonl(tmp_path / "a.jsonl", documents)
     write_jsonl(tmp_path / "a.jsonl.gz", documents)
@@ -173,7 +173,7 @@ def test_every_format_holds_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["to be, or not to be \n" * 100_000, "a  \n\n b" * 300_000, "é" * 1_500_000])
-def test_a_long_text_file_is_cut_without_a_trace(tmp_path: Path, text: str) -> None:
+def test_reading_a_long_text_file_in_parts_changes_no_token(tmp_path: Path, text: str) -> None:
     """Read a megabyte at a time, it has the tokens of one piece: this rests on where pieces are cut."""
     (tmp_path / "long.txt").write_bytes(text.encode())
     build(tmp_path / "out", tmp_path / "long.txt", shard_size=100_000)
@@ -206,14 +206,16 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, corpus: Path) -> No
 # ---------------------------------------------------------------- the same bytes, whatever happens
 
 
-def test_workers_do_not_matter(tmp_path: Path, corpus: Path) -> None:
+def test_the_number_of_workers_does_not_change_the_bytes(tmp_path: Path, corpus: Path) -> None:
     for workers in (1, 2, 7):
         build(tmp_path / str(workers), corpus, workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "7")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "separated"])
-def test_cut_off_after_any_shard_it_ends_with_the_same_bytes(tmp_path: Path, corpus: Path, kind: str) -> None:
+def test_a_build_interrupted_after_any_shard_ends_with_the_same_bytes(
+    tmp_path: Path, corpus: Path, kind: str
+) -> None:
     """At the end of every shard, with what a kill leaves: a part, a shard that is not listed yet."""
     documents = [json.loads(line)["text"] for line in corpus.read_text().splitlines()][:900]
     file = tmp_path / f"file.{kind.replace('separated', 'txt')}"
@@ -252,7 +254,7 @@ def test_cut_off_after_any_shard_it_ends_with_the_same_bytes(tmp_path: Path, cor
     assert {name: left[name] for name in whole} == whole
 
 
-def test_killed_at_random_moments(tmp_path: Path, corpus: Path) -> None:
+def test_a_build_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
     long = tmp_path / "long.jsonl"
     long.write_bytes(corpus.read_bytes() * 20)
     flags = ["--files", str(long), "--name", "x", "--shard-size", "20000", "--workers", "2"]
@@ -273,7 +275,7 @@ def test_killed_at_random_moments(tmp_path: Path, corpus: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_shard_that_was_removed_is_made_again(tmp_path: Path, corpus: Path) -> None:
+def test_a_removed_shard_is_built_again(tmp_path: Path, corpus: Path) -> None:
     build(tmp_path / "out", corpus, shard_size=100_000)
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "x_train_000001.npy").unlink()
@@ -300,7 +302,7 @@ def words(n_tokens: int) -> str:
         (3_000_000, 29 * 1024 + 1),
     ],
 )
-def test_validation_gets_a_hundredth_in_whole_sequences(tmp_path: Path, tokens: int, validation: int) -> None:
+def test_validation_gets_one_percent_in_whole_sequences(tmp_path: Path, tokens: int, validation: int) -> None:
     (tmp_path / "a.txt").write_text(words(tokens))
     manifest = build(tmp_path / "out", tmp_path / "a.txt", shard_size=0)
     assert manifest["tokens"] == tokens == len(tokens_of(tmp_path / "out"))
@@ -308,7 +310,7 @@ def test_validation_gets_a_hundredth_in_whole_sequences(tmp_path: Path, tokens: 
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet"])
-def test_a_large_text_is_sized_by_its_bytes(
+def test_tokens_of_a_large_text_are_estimated_by_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """With every number of threads alike; and cut off after the first shard it ends with the same bytes."""
@@ -343,7 +345,7 @@ def test_a_large_text_is_sized_by_its_bytes(
     assert contents(tmp_path / "part") == contents(tmp_path / "1")
 
 
-def test_validation_gets_a_hundred_million_tokens_at_most() -> None:
+def test_validation_gets_at_most_a_hundred_million_tokens() -> None:
     class Terabytes:
         size = 10**13
 
@@ -355,7 +357,7 @@ def test_validation_gets_a_hundred_million_tokens_at_most() -> None:
     assert build_shards.validation_size(Terabytes(), 2) == 97_656 * 1024 + 1 <= 10**8
 
 
-def test_a_text_that_is_too_small(tmp_path: Path) -> None:
+def test_a_text_that_is_too_small_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(words(2049))
     flags = ["--files", str(tmp_path / "a.txt"), "--out-dir", str(tmp_path / "out")]
     done = run_script(SCRIPT, *flags)
@@ -408,7 +410,7 @@ def test_a_data_set_is_streamed_from_the_hub(tmp_path: Path, monkeypatch: pytest
         assert ranges and len(ranges) == len([1 for _, p, _ in hub.requests if "/cdn/" in p])
 
 
-def test_a_folder_of_a_data_set_and_its_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subset_selects_a_folder_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LoopbackHub() as hub:
         hub.patch(monkeypatch, tmp_path)
         hub.put("ann/web", {"a/1.parquet": parquet(["one"]), "b/2.parquet": parquet(["two"])}, "dataset")
@@ -462,7 +464,7 @@ def test_mistakes_are_one_line(
     assert not list(tmp_path.glob("out/*.npy"))
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_shards_is_refused(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
     build(tmp_path / "out", tmp_path / "a.txt")
@@ -476,7 +478,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         build(tmp_path / "mine", tmp_path / "a.txt")
 
 
-def test_two_builds_of_one_folder_do_not_meet(tmp_path: Path, corpus: Path) -> None:
+def test_two_builds_of_one_folder_take_turns(tmp_path: Path, corpus: Path) -> None:
     flags = [
         "--files",
         str(corpus),

@@ -31,7 +31,7 @@ def committed_text(name: str) -> str:
     return "".join("".join(output.get("text", "")) for output in OUTPUTS[name])
 
 
-def test_the_committed_outputs_are_those_of_one_run_from_top_to_bottom() -> None:
+def test_committed_outputs_come_from_one_run_from_top_to_bottom() -> None:
     counts = [cell["execution_count"] for cell in CELLS if cell["cell_type"] == "code"]
     assert counts == list(range(1, len(CODE) + 1))
     outputs = [output for of_cell in OUTPUTS.values() for output in of_cell]
@@ -45,12 +45,12 @@ def test_the_committed_outputs_are_those_of_one_run_from_top_to_bottom() -> None
     assert "124,439,808" in text and "all equal: True" in text
 
 
-def test_every_code_cell_follows_a_text_that_introduces_it() -> None:
+def test_a_text_introduces_every_code_cell() -> None:
     for before, cell in itertools.pairwise(CELLS):
         assert cell["cell_type"] == "markdown" or before["cell_type"] == "markdown", cell["id"]
 
 
-def test_everything_that_the_notebook_uses_of_the_project_is_there() -> None:
+def test_the_notebook_uses_only_names_that_exist() -> None:
     """A function that is renamed is missed at once, not only when all cells are run."""
     used = 0
     tree = ast.parse("\n".join(CODE.values()))

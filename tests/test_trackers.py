@@ -100,7 +100,7 @@ def go_back(run: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def test_a_resumed_run_is_one_run(train: Train, services: list[Service]) -> None:
+def test_a_resumed_run_continues_its_tracked_run(train: Train, services: list[Service]) -> None:
     run = train("my run #1", track="wandb, trackio")
     go_back(run, 2)
     train("my run #1", track="wandb,trackio", resume=True)
@@ -115,7 +115,7 @@ def test_a_resumed_run_is_one_run(train: Train, services: list[Service]) -> None
     assert [r for r in records if r.get("name") == "settings changed"] == []
 
 
-def test_a_new_run_in_the_folder_is_another_run(train: Train, services: list[Service]) -> None:
+def test_a_new_run_in_the_folder_gets_a_new_tracked_run(train: Train, services: list[Service]) -> None:
     train(track="wandb,trackio", max_steps=1)
     run = train(track="wandb,trackio", max_steps=2, overwrite=True)
     for service in services:
@@ -155,7 +155,7 @@ def test_a_tracker_that_fails_is_dropped(
     assert sorted(tracked.losses()) == [1, 2, 3, 4, 5, 6] and tracked.finished
 
 
-def test_what_is_missing_is_noticed_before_anything_is_deleted(
+def test_a_missing_tracker_is_noticed_before_anything_is_deleted(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train()
@@ -169,7 +169,7 @@ def test_what_is_missing_is_noticed_before_anything_is_deleted(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_folder_called_wandb_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_called_wandb_is_not_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As wandb leaves one where it was started."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)

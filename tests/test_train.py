@@ -75,7 +75,7 @@ def test_loss_curve_equals_a_textbook_loop(train: Train, data_dir: Path) -> None
     assert history(run, kinds=("val",))[-1]["loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_what_a_run_leaves(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_the_documented_files(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     run = train()
     assert {path.name for path in run.iterdir()} == {
@@ -126,7 +126,7 @@ def test_validation_does_not_depend_on_the_micro_batch(train: Train) -> None:
     assert losses[0] == pytest.approx(losses[2], abs=1e-5)
 
 
-def test_at_least_one_sequence_is_validated_on(train: Train) -> None:
+def test_validation_uses_at_least_one_sequence(train: Train) -> None:
     losses = [
         [r["loss"] for r in history(train(str(n), val_tokens=n, max_steps=2), ("val",))] for n in (1, T)
     ]
@@ -134,7 +134,7 @@ def test_at_least_one_sequence_is_validated_on(train: Train) -> None:
 
 
 @pytest.mark.parametrize("max_steps", [20, 21])
-def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, max_steps: int) -> None:
+def test_the_time_left_includes_evaluations(tmp_path: Path, max_steps: int) -> None:
     """Compared with a walk through the steps, in which each evaluation is also due after the last one."""
     s = dataclasses.replace(
         PRESETS["demo"], max_steps=max_steps, val_interval=5, hellaswag_interval=0, sample_interval=8
@@ -151,7 +151,7 @@ def test_the_time_left_counts_the_evaluations_to_come(tmp_path: Path, max_steps:
 
 
 @pytest.mark.parametrize("processes", [1, 8])
-def test_mfu_is_a_share_of_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+def test_mfu_counts_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
     """6N + 12·L·d·T FLOPs per token, over the data sheet's rate of all GPUs that shared the tokens."""
     monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 312e12)
     rt = Runtime(torch.device("cpu"), torch.float32, world_size=processes)
@@ -164,7 +164,7 @@ def test_mfu_is_a_share_of_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert step["tokens_per_sec"] == pytest.approx(524_288 / step["step_ms"] * 1000)
 
 
-def test_evaluation_is_no_part_of_a_steps_time(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_times_exclude_evaluations(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     validate = evaluation.validate
     monkeypatch.setattr(evaluation, "validate", lambda *args: time.sleep(0.7) or validate(*args))
     run = train(val_interval=1)
@@ -174,7 +174,7 @@ def test_evaluation_is_no_part_of_a_steps_time(train: Train, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resuming_equals_not_stopping(train: Train, optimizer: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(train: Train, optimizer: str) -> None:
     """Bit for bit, from any checkpoint, with records beyond the checkpoint and a broken last line."""
     whole = train("whole", optimizer=optimizer)
     part = train("part", optimizer=optimizer)
@@ -196,7 +196,7 @@ def test_resuming_equals_not_stopping(train: Train, optimizer: str) -> None:
             assert a.read_bytes() == b.read_bytes()
 
 
-def test_the_times_of_all_parts_of_a_run_add_up(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_include_the_run_before_its_resume(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     validate = evaluation.validate
     monkeypatch.setattr(evaluation, "validate", lambda *args: time.sleep(1) or validate(*args))
     run = train(max_steps=2)  # its checkpoint has the time of step 0's validation
@@ -215,13 +215,13 @@ def test_the_manifest_sets_the_vocabulary_size(train: Train, data_dir: Path) -> 
         train("other", max_steps=1)
 
 
-def test_resume_starts_afresh_where_there_is_nothing(train: Train, capsys: pytest.CaptureFixture) -> None:
+def test_resume_starts_afresh_without_a_checkpoint(train: Train, capsys: pytest.CaptureFixture) -> None:
     run = train("a", resume=True)
     assert f"{run}: no checkpoint to resume from: starting at step 0" in capsys.readouterr().out
     assert history(run) == history(train("b"))
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_record(train: Train) -> None:
+def test_records_before_the_first_checkpoint_are_dropped(train: Train) -> None:
     """Not of step 0 either, whose evaluation is made again."""
     whole = train("whole")
     run = train(max_steps=2, checkpoint_interval=0)
@@ -241,7 +241,7 @@ def test_resume_passes_over_a_damaged_checkpoint(train: Train, capsys: pytest.Ca
     assert history(part) == history(whole)
 
 
-def test_a_resume_says_and_records_what_changed(train: Train, capsys: pytest.CaptureFixture) -> None:
+def test_a_resume_prints_and_records_changed_settings(train: Train, capsys: pytest.CaptureFixture) -> None:
     train(max_steps=4)
     capsys.readouterr()
     run = train(max_steps=6, learning_rate=2e-2, resume=True)
@@ -257,7 +257,7 @@ def test_a_resume_says_and_records_what_changed(train: Train, capsys: pytest.Cap
     assert "is now" not in capsys.readouterr().out
 
 
-def test_a_fine_tuning_run_resumes_without_the_weights_it_began_with(train: Train) -> None:
+def test_a_fine_tuning_run_resumes_without_its_initial_weights(train: Train) -> None:
     base = train("base", max_steps=2, n_layer=1)
     constant = {"schedule": "wsd", "cooldown_fraction": 0.0, "init_from": str(base)}
     whole = train("whole", **constant)
@@ -277,7 +277,7 @@ def test_a_fine_tuning_run_resumes_without_the_weights_it_began_with(train: Trai
     assert history(begun, kinds=("train",)) == history(whole, kinds=("train",))
 
 
-def test_rehearsed_resume_brings_back_what_was_saved(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reload_checkpoints_restores_what_was_saved(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are lost between saving and loading make no difference."""
     whole = train("whole")
     models: list[GPT] = []
@@ -293,7 +293,7 @@ def test_rehearsed_resume_brings_back_what_was_saved(train: Train, monkeypatch: 
     assert history(train("reloaded", reload_checkpoints=True)) == history(whole)
 
 
-def test_only_the_newest_checkpoints_stay(train: Train) -> None:
+def test_keep_checkpoints_keeps_the_newest(train: Train) -> None:
     run = train(checkpoint_interval=1, keep_checkpoints=2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000005", "step_000006"]
 
@@ -334,7 +334,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(GPT, "forward", spoiled)
 
 
-def test_a_bad_step_is_left_out_and_recorded(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_step_is_skipped_and_recorded(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {3})
     run = train(micro_batch_size=8)
     events = [(r["step"], r["name"]) for r in history(run, kinds=("event",))]
@@ -361,7 +361,7 @@ def test_bad_steps_in_a_row_end_the_run(train: Train, monkeypatch: pytest.Monkey
         ((8, 0), "2.13.0", ""),
     ],
 )
-def test_cudnns_attention_is_suspected_where_torch_prefers_it(
+def test_bad_steps_suggest_avoiding_cudnn_where_torch_prefers_it(
     tmp_path: Path, capability: tuple[int, int], version: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -375,7 +375,7 @@ def test_cudnns_attention_is_suspected_where_torch_prefers_it(
     assert str(error.value).endswith("lower --learning-rate" + told)
 
 
-def test_a_run_that_diverged_continues_at_a_sane_rate(train: Train) -> None:
+def test_a_diverged_run_continues_at_a_lower_rate(train: Train) -> None:
     """Weights after which no loss is finite are in no checkpoint."""
     with pytest.raises(UserError, match="continues from the start; lower --learning-rate"):
         train(learning_rate=1e30, warmup_steps=0, max_steps=20)
@@ -392,7 +392,7 @@ def test_a_loss_spike_is_six_deviations_above_the_last_hundred() -> None:
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_a_checkpoint_that_cannot_be_written(
+def test_two_failed_checkpoints_in_a_row_end_the_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
     """Once: the run records it and continues. Twice in a row: it ends, as nothing is safe any more."""
@@ -417,7 +417,7 @@ def test_a_checkpoint_that_cannot_be_written(
 
 
 @pytest.mark.parametrize(("warmup_steps", "warned"), [(1, False), (2, True)])
-def test_a_run_that_is_mostly_warmup_says_so(
+def test_a_run_that_is_mostly_warmup_warns(
     train: Train, capsys: pytest.CaptureFixture, warmup_steps: int, warned: bool
 ) -> None:
     train(max_steps=3, warmup_steps=warmup_steps)
@@ -465,7 +465,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[di
     return folder, history(folder / "run")
 
 
-def test_killed_and_resumed(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
     data_dir, expected = undisturbed
     process = start(data_dir, tmp_path)
     wait_for_step(tmp_path, random.randint(1, 25))
@@ -494,7 +494,7 @@ def test_a_signal_finishes_the_step_and_saves(
     assert history(tmp_path) == expected
 
 
-def test_lines_come_as_they_are_written(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
+def test_output_is_flushed_line_by_line(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
     """Into a pipe, as `| tee` and `> run.log` are, during the run."""
     data_dir, _ = undisturbed
     process = start(data_dir, tmp_path, max_steps=100_000, warmup_steps=0)
@@ -507,7 +507,7 @@ def test_lines_come_as_they_are_written(undisturbed: tuple[Path, list], tmp_path
 
 @pytest.mark.slow
 @posix
-def test_ctrl_c_is_answered_during_a_long_step(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
+def test_ctrl_c_gets_an_answer_during_a_long_step(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
     """The step ends seconds later; the demo says how to continue, as the same command would start over."""
     data_dir, _ = undisturbed
     settings = {**QUICK, "data_dir": data_dir, "out_dir": tmp_path, "overwrite": True}
@@ -549,7 +549,7 @@ def test_ctrl_c_during_imports_leaves_no_traceback() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
-def test_two_processes_train_as_one_does(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
+def test_two_processes_train_like_one(undisturbed: tuple[Path, list], tmp_path: Path) -> None:
     """The same curve, a log that each step is in once, and after a kill the same end."""
     data_dir, expected = undisturbed
     process = start(data_dir, tmp_path / "two", nproc=2, val_interval=10)
@@ -598,7 +598,7 @@ def test_a_signal_to_two_processes_stops_both_after_one_step(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_two_compiled_processes_end(train: Train, data_dir: Path, tmp_path: Path) -> None:
+def test_two_compiled_processes_finish(train: Train, data_dir: Path, tmp_path: Path) -> None:
     """As on GPUs, DDP around a compiled model. One still alive when its group is left hangs now and then."""
     small = {"n_layer": 1, "val_interval": 0, "sample_interval": 0, "checkpoint_interval": 0, "max_steps": 4}
     process = start(data_dir, tmp_path / "two", nproc=2, compile=True, **small)

@@ -31,7 +31,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         yield hub
 
 
-def test_a_checkpoint_is_whole_for_transformers(train: Train) -> None:
+def test_transformers_loads_every_part_of_a_checkpoint(train: Train) -> None:
     """Model, tokenizer and pipeline from the folder as it is: our logits, and our greedy text."""
     folder = train(block_size=64, max_steps=2) / "checkpoints" / "step_000002"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -86,7 +86,7 @@ def test_a_run_goes_to_the_hub_and_back(
         upload_hf.upload(Settings(run, "ann/tiny", revision="step-4"))
 
 
-def test_the_model_card_says_what_the_run_was(train: Train, hub: LoopbackHub) -> None:
+def test_the_model_card_describes_the_run(train: Train, hub: LoopbackHub) -> None:
     run = train()
     plot_loss.plot([run], run / "loss_curves.png")
     with open(run / "metrics.jsonl", "a") as file:
@@ -108,7 +108,9 @@ def test_the_model_card_says_what_the_run_was(train: Train, hub: LoopbackHub) ->
         assert said in card, said
 
 
-def test_a_card_of_other_weights_than_the_last(train: Train, hub: LoopbackHub, tmp_path: Path) -> None:
+def test_the_card_of_an_older_checkpoint_has_its_numbers(
+    train: Train, hub: LoopbackHub, tmp_path: Path
+) -> None:
     """Samples and summary are of the last step; what a fine-tuned model began with is named."""
     base = train("base", max_steps=2)
     run = train("run", init_from=str(base), max_steps=4)
@@ -142,7 +144,7 @@ def test_a_card_of_other_weights_than_the_last(train: Train, hub: LoopbackHub, t
         ({"kind": "shards", "repo_id": "ann/words", "revision": "1"}, "ann/words", "ann/words"),
     ],
 )  # fmt: skip
-def test_the_card_names_the_data_and_claims_no_more(
+def test_the_card_names_the_data(
     source: dict, row: str, dataset: str, train: Train, hub: LoopbackHub, data_dir: Path
 ) -> None:
     """Licence and language only where the data set's card or the user gave them."""
@@ -179,7 +181,7 @@ def test_a_dry_run_sends_nothing(train: Train, hub: LoopbackHub, capsys: pytest.
 
 
 @posix
-def test_a_run_whose_checkpoints_are_on_another_disk(train: Train, tmp_path: Path) -> None:
+def test_a_run_with_linked_checkpoints_is_sent(train: Train, tmp_path: Path) -> None:
     """Sent as any other, without the hidden files that a Mac leaves."""
     run = train()
     (run / "checkpoints").rename(tmp_path / "large")
@@ -205,7 +207,7 @@ def test_nothing_outside_the_run_is_sent(train: Train, hub: LoopbackHub, tmp_pat
     assert not hub.repos
 
 
-def test_what_cannot_be_sent_is_said(
+def test_problems_with_an_upload_are_one_line(
     train: Train, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run = train()
@@ -242,7 +244,7 @@ def old_state(prefix: str = "") -> tuple[dict[str, torch.Tensor], GPT]:
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
-def test_an_older_checkpoint_becomes_a_folder(
+def test_a_build_nanogpt_checkpoint_becomes_a_folder(
     tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its settings as an object of a class that is not there any more."""
@@ -298,7 +300,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         (lambda saved: saved["model"]["lm_head.weight"].add_(1), "not tied"),
     ],
 )
-def test_what_is_no_older_gpt2_is_refused(tmp_path: Path, change: Callable, message: str) -> None:
+def test_convert_rejects_other_models(tmp_path: Path, change: Callable, message: str) -> None:
     saved = {"model": old_state()[0], "config": dict(SHAPE), "step": 1}
     change(saved)
     torch.save(saved, tmp_path / "old.pt")

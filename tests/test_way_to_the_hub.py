@@ -126,7 +126,7 @@ def test_a_failed_connection_names_the_variables_that_led_there(
         fetch(tmp_path)
 
 
-def test_certificates_that_are_not_there_are_named(
+def test_missing_certificates_are_named(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
@@ -139,7 +139,7 @@ def test_certificates_that_are_not_there_are_named(
 
 
 @pytest.mark.parametrize("endpoint", ["hf-mirror.com", "https//x", "ftp://x", "http://", "http://x:port"])
-def test_an_endpoint_that_is_no_address_is_refused(
+def test_an_endpoint_that_is_not_an_address_is_refused(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
@@ -149,7 +149,7 @@ def test_an_endpoint_that_is_no_address_is_refused(
 
 
 @pytest.mark.parametrize("name", hub_module.TIMEOUTS)
-def test_a_timeout_that_is_no_number_is_refused(
+def test_a_timeout_that_is_not_a_number_is_refused(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "ten")
@@ -165,9 +165,7 @@ def test_no_script_imports_the_client_before_the_environment_is_checked() -> Non
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=100)
 
 
-def test_blank_variables_count_as_unset_and_blanks_around_the_endpoint_go(
-    hub: LoopbackHub, tmp_path: Path
-) -> None:
+def test_blank_variables_count_as_unset(hub: LoopbackHub, tmp_path: Path) -> None:
     code = f"""if True:
         from pathlib import Path
         from pre_tokens import fetch_tokens_hf
@@ -248,7 +246,7 @@ def test_a_bad_token_creates_nothing(
 
 
 @pytest.mark.parametrize("name", ["name", "https://huggingface.co/ann/x", "ann/x/", "ann/x y", "ann/x/y"])
-def test_a_name_to_write_to_has_a_user(
+def test_a_name_to_write_to_needs_a_user(
     hub: LoopbackHub, train: Train, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for flag, send in (
@@ -261,7 +259,7 @@ def test_a_name_to_write_to_has_a_user(
     assert not hub.requests and not (tmp_path / "run").exists()
 
 
-def test_a_name_to_read_from_may_have_no_user(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_name_to_read_from_needs_no_user(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.put("wikitext", {"train.parquet": b""}, "dataset")
     assert [file.name for file in sources.on_hub("wikitext", "", "main", "text").files] == ["train.parquet"]
     for name in ("https://huggingface.co/ann/words", "ann/words/", "ann/wo rds"):
@@ -423,7 +421,7 @@ def test_a_model_in_the_cache_needs_no_way_to_the_hub(
         GPT.from_pretrained("ann/other")
 
 
-def test_training_goes_on_without_hellaswag(
+def test_training_continues_without_hellaswag(
     hub: LoopbackHub, train: Train, tmp_path: Path, no_way: Callable, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
@@ -433,7 +431,7 @@ def test_training_goes_on_without_hellaswag(
     assert "warning: continuing without HellaSwag: ALL_PROXY: no way to the Hub" in capsys.readouterr().out
 
 
-def test_hellaswag_from_github_needs_no_token_but_a_folder(
+def test_hellaswag_from_github_needs_no_token(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = b"{}\n"

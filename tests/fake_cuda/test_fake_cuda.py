@@ -86,7 +86,7 @@ def test_nothing_waits_within_a_step(rehearsal: tuple) -> None:
     assert places(entries(report, {3})) <= BEFORE_A_PAUSE
 
 
-def test_an_update_takes_its_batches_and_nothing_else(rehearsal: tuple) -> None:
+def test_a_step_copies_only_its_batches(rehearsal: tuple) -> None:
     """The part of a step that must be free of waits even where the loop catches up."""
     *_, report = rehearsal
     found = [e for e in entries(report) if e["phase"] == "step" and e["kind"] != "collective"]
@@ -101,7 +101,7 @@ def test_the_host_waits_between_steps_only_in_known_places(rehearsal: tuple) -> 
     assert {(e["phase"], e["kind"], e["place"].split(":")[0]) for e in found} <= BETWEEN_STEPS
 
 
-def test_gradients_travel_once_per_step(rehearsal: tuple) -> None:
+def test_gradients_are_reduced_once_per_step(rehearsal: tuple) -> None:
     optimizer, processes, dtype, report = rehearsal
     n_parameters = dataclasses.replace(GPT2, n_layer=LAYERS[dtype]).n_parameters + PADDING
     for step in (1, 2, 3):
@@ -144,7 +144,7 @@ def test_the_training_forward_is_one_graph(case: str, compiled: dict[str, Report
     assert max(sizes(graphs["saved"])) > 0  # there is a backward pass to speak of
 
 
-def test_rounds_that_keep_gradients_here_cost_one_more_graph(compiled: dict[str, Report]) -> None:
+def test_no_sync_costs_one_more_graph(compiled: dict[str, Report]) -> None:
     """DDP's forward depends on whether gradients travel: two graphs, and validation's."""
     entries(compiled["processes"])
     graphs = compiled["processes"]["graphs"]
@@ -153,19 +153,19 @@ def test_rounds_that_keep_gradients_here_cost_one_more_graph(compiled: dict[str,
 
 
 @pytest.mark.parametrize("case", ["one chunk", "chunks"])
-def test_no_tangent_of_the_logits_size(case: str, compiled: dict[str, Report]) -> None:
+def test_no_tangent_has_the_size_of_the_logits(case: str, compiled: dict[str, Report]) -> None:
     entries(compiled[case])
     graphs = compiled[case]["graphs"]
     assert max(sizes(graphs["tangents"])) == 1  # the loss's own
 
 
 @pytest.mark.parametrize("case", ["one chunk", "chunks"])
-def test_nothing_saved_of_the_logits_size(case: str, compiled: dict[str, Report]) -> None:
+def test_nothing_saved_has_the_size_of_the_logits(case: str, compiled: dict[str, Report]) -> None:
     entries(compiled[case])
     assert max(sizes(compiled[case]["graphs"]["saved"])) < LOGITS
 
 
-def test_of_the_fp32_states_only_the_residual_stream_is_saved(compiled: dict[str, Report]) -> None:
+def test_only_the_residual_stream_is_saved_in_fp32(compiled: dict[str, Report]) -> None:
     """In two dimensions, so that its gradient and that one's 16-bit copy have one shape, and one kernel."""
     entries(compiled["full size"])
     saved = [t for t in compiled["full size"]["graphs"]["saved"] if t["dtype"] == "float32"]
@@ -193,27 +193,27 @@ def steps(reports: Reports) -> dict[str, Report]:
 
 
 @pytest.mark.parametrize("name", PEAKS)
-def test_peak_memory_of_a_step(name: str, steps: dict[str, Report]) -> None:
+def test_a_step_stays_below_its_peak_memory(name: str, steps: dict[str, Report]) -> None:
     entries(steps[name])
     # Weights, gradients, two moments, and DDP's buckets, before any activation.
     assert 20 * GPT2.n_parameters < steps[name]["step_peak"] < PEAKS[name]
 
 
 @pytest.mark.slow
-def test_peak_memory_of_a_step_of_the_largest_gpt2(reports: Reports) -> None:
+def test_a_step_of_gpt2_xl_stays_below_its_peak_memory(reports: Reports) -> None:
     [report] = reports("xl")
     entries(report)
     assert 20 * XL.n_parameters < report["step_peak"] < 38.5e9
 
 
-def test_a_micro_batch_that_the_search_calls_fitting_fits(steps: dict[str, Report]) -> None:
+def test_the_micro_batch_that_the_search_finds_fits(steps: dict[str, Report]) -> None:
     """On a device with one byte less than B = 64 takes, training must start with 32, and run."""
     report = steps["search"]
     copies = [e for e in entries(report, {1}) if e["kind"] == "pinned copy to the device"]
     assert {e["n_bytes"] for e in copies} == {8 * 32 * 1024}
 
 
-def test_planned_memory_is_what_the_compiled_step_needs(compiled: dict[str, Report]) -> None:
+def test_planned_memory_matches_the_compiled_step(compiled: dict[str, Report]) -> None:
     """--plan against weights, gradients, moments, buckets, and the peak of the traced backward pass."""
     report = compiled["full size"]
     entries(report)
@@ -231,7 +231,7 @@ def test_recompute_lowers_the_peak(reports: Reports) -> None:
 
 
 @pytest.mark.slow
-def test_planned_memory_with_recompute_is_what_the_compiled_step_needs(reports: Reports) -> None:
+def test_planned_memory_with_recompute_matches_the_compiled_step(reports: Reports) -> None:
     """One graph, which keeps the inputs of blocks alone; four layers."""
     report = reports("recompute")[RECOMPUTE.index("four layers, compiled")]
     config = dataclasses.replace(GPT2, n_layer=4)
@@ -246,7 +246,7 @@ def test_planned_memory_with_recompute_is_what_the_compiled_step_needs(reports: 
     assert planned == pytest.approx(needed, rel=0.1)
 
 
-def test_flops_of_a_step_are_those_of_the_formula(steps: dict[str, Report]) -> None:
+def test_flops_of_a_step_match_the_formula(steps: dict[str, Report]) -> None:
     """Against torch's own count of what the step ran."""
     report = steps["124M, B = 8"]
     entries(report)
@@ -284,6 +284,6 @@ def test_a_planted_tensor_on_the_wrong_device_fails(planted: dict[str, Report]) 
     assert all(word in error for word in ("device", "cuda:0", "cpu")), error
 
 
-def test_planted_gradients_of_every_round_are_noted(planted: dict[str, Report]) -> None:
+def test_planted_reductions_in_every_round_are_noted(planted: dict[str, Report]) -> None:
     for fault, rounds in (("", {2}), ("gradients in every round", {1, 2})):
         assert {e["round"] for e in entries(planted[fault], {1}) if e["in_backward"]} == rounds

@@ -136,7 +136,7 @@ class Life:
         assert not self.parts()
 
 
-def test_a_hundred_kills(fault_data: Path, tmp_path: Path) -> None:
+def test_a_run_survives_a_hundred_kills(fault_data: Path, tmp_path: Path) -> None:
     """Each life is a run that is killed again and again, and ends bit for bit as one that never was."""
     undisturbed = Run(fault_data, tmp_path / "undisturbed", **{**SETTINGS, "dataset_repo": "none"})
     assert undisturbed.finish().returncode == 0

@@ -49,7 +49,7 @@ def broken_script(folder: Path, what: str, when: str) -> str:
         ('IndexError("a bug")', "IndexError: a bug"),
     ],
 )
-def test_an_evaluation_that_fails(
+def test_a_run_survives_a_failing_evaluation(
     fault_data: Path, tmp_path: Path, expected: Expected, error: str, reason: str
 ) -> None:
     row = tally("an evaluation fails")
@@ -65,7 +65,9 @@ def test_an_evaluation_that_fails(
     row.survived += 4
 
 
-def test_an_evaluation_that_kills(fault_data: Path, tmp_path: Path, expected: Expected) -> None:
+def test_a_run_survives_an_evaluation_that_kills_it(
+    fault_data: Path, tmp_path: Path, expected: Expected
+) -> None:
     """After step 40, whenever it is tried: a restart loop gets past it, and leaves out all later ones."""
     row = tally("an evaluation kills the process")
     kill = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -81,7 +83,9 @@ def test_an_evaluation_that_kills(fault_data: Path, tmp_path: Path, expected: Ex
     row.survived += row.injected
 
 
-def test_checkpoints_by_time(fault_data: Path, tmp_path: Path, expected: Expected) -> None:
+def test_a_kill_costs_only_the_steps_since_a_checkpoint_by_time(
+    fault_data: Path, tmp_path: Path, expected: Expected
+) -> None:
     """No checkpoint is due by its step: what a kill costs is what a second trains."""
     row = tally("SIGKILL with --checkpoint-minutes")
     run = Run(fault_data, tmp_path / "run", checkpoint_interval=0, checkpoint_minutes=1 / 60)
@@ -100,7 +104,7 @@ def test_checkpoints_by_time(fault_data: Path, tmp_path: Path, expected: Expecte
     row.survived += 3
 
 
-def test_best_checkpoint_and_patience(fault_data: Path, tmp_path: Path) -> None:
+def test_best_checkpoint_and_patience_survive_kills(fault_data: Path, tmp_path: Path) -> None:
     """Killed five times, the run keeps the same best checkpoint and runs out of patience at the same step."""
     row = tally("SIGKILL with --keep-best and --patience")
     values = {

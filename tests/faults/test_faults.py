@@ -29,7 +29,9 @@ Expected = list[dict[str, object]]
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("times", [1, 2])
-def test_signals_once_and_twice(run: Run, expected: Expected, number: signal.Signals, times: int) -> None:
+def test_a_run_stops_after_one_or_two_signals(
+    run: Run, expected: Expected, number: signal.Signals, times: int
+) -> None:
     row = tally(f"{number.name}, {'once' if times == 1 else 'twice'}")
     process = run.start()
     run.wait_for_step(random.randint(3, 60), process)
@@ -55,7 +57,7 @@ def limit_file_size(n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "metrics"])
-def test_no_space(run: Run, expected: Expected, what: str) -> None:
+def test_a_run_survives_a_full_disk(run: Run, expected: Expected, what: str) -> None:
     """A file that cannot grow: the weights' (a few MB) in a checkpoint, or metrics.jsonl.
 
     The first checkpoint that cannot be written is only recorded, the second in a row ends the run.
@@ -81,7 +83,7 @@ def test_no_space(run: Run, expected: Expected, what: str) -> None:
     row.survived += 1
 
 
-def test_an_out_dir_that_turns_read_only(run: Run, expected: Expected) -> None:
+def test_a_run_survives_an_out_dir_that_turns_read_only(run: Run, expected: Expected) -> None:
     """The checkpoints' folder becomes a file, which stops even the superuser."""
     row = tally("folder of checkpoints cannot be written")
     process = run.start()
@@ -104,7 +106,7 @@ def test_an_out_dir_that_turns_read_only(run: Run, expected: Expected) -> None:
 
 
 @pytest.mark.parametrize("damage", ["vanishes", "is cut short"])
-def test_a_shard_that_goes_while_in_use(
+def test_a_run_survives_a_shard_that_vanishes(
     fault_data: Path, tmp_path: Path, expected: Expected, damage: str
 ) -> None:
     row = tally(f"a shard {damage} while in use")
@@ -130,7 +132,7 @@ def test_a_shard_that_goes_while_in_use(
     row.survived += 1
 
 
-def test_a_pipe_called_like_a_shard(fault_data: Path, tmp_path: Path, expected: Expected) -> None:
+def test_a_pipe_in_place_of_a_shard_is_refused(fault_data: Path, tmp_path: Path, expected: Expected) -> None:
     """Opening it would wait for a writer for ever."""
     row = tally("a named pipe in place of a shard")
     data = tmp_path / "data"
@@ -167,7 +169,7 @@ def init(**kwargs): return Run()
 """
 
 
-def test_a_tracker_that_fails(fault_data: Path, tmp_path: Path, expected: Expected) -> None:
+def test_a_run_survives_a_failing_tracker(fault_data: Path, tmp_path: Path, expected: Expected) -> None:
     """In each of two processes, the first of which is killed later."""
     row = tally("a tracker fails")
     (tmp_path / "site").mkdir()
@@ -189,7 +191,7 @@ def test_a_tracker_that_fails(fault_data: Path, tmp_path: Path, expected: Expect
     row.survived += 2
 
 
-def test_a_clock_that_jumps_back(run: Run, expected: Expected, tmp_path: Path) -> None:
+def test_a_run_survives_a_clock_that_jumps_back(run: Run, expected: Expected, tmp_path: Path) -> None:
     """time.time() falls by an hour at every call; what a step took is still positive."""
     row = tally("the clock jumps back an hour")
     (tmp_path / "site").mkdir()
@@ -258,7 +260,7 @@ def test_torchrun_replaces_a_rank_that_dies(run: Run, expected_of_two: Expected,
     row.survived += 2
 
 
-def test_torchrun_killed_alone(run: Run, expected_of_two: Expected) -> None:
+def test_ranks_stop_when_only_torchrun_is_killed(run: Run, expected_of_two: Expected) -> None:
     """It leaves processes that soon save and end; none is left to train unnoticed."""
     row = tally("SIGKILL of torchrun alone")
     process = run.start(nproc=2)

@@ -41,7 +41,7 @@ OUTAGES: dict[str, Callable[[LoopbackHub], object]] = {
 
 
 @pytest.mark.parametrize("fault", OUTAGES)
-def test_the_hub_fails(
+def test_a_run_survives_a_failing_hub(
     pushing: Run, hub: LoopbackHub, expected: Expected, tmp_path: Path, fault: str
 ) -> None:
     """The run trains to its end; an outage it catches up with itself, the others at the next start."""
@@ -71,7 +71,7 @@ def test_the_hub_fails(
 
 
 @pytest.mark.parametrize("path", ["^/lfs/", "/commit/"])
-def test_a_kill_in_the_middle_of_a_push(
+def test_a_run_survives_a_kill_during_a_push(
     pushing: Run, hub: LoopbackHub, expected: Expected, tmp_path: Path, path: str
 ) -> None:
     """While a file is on its way, and while the commit is; on the disk and on the Hub all is whole."""
@@ -96,7 +96,7 @@ def test_a_kill_in_the_middle_of_a_push(
     row.survived += 1
 
 
-def test_a_box_that_is_thrown_away(
+def test_a_run_survives_the_loss_of_its_machine(
     pushing: Run, hub: LoopbackHub, expected: Expected, tmp_path: Path
 ) -> None:
     """Three times in one run, each on an empty folder; the next is killed while its folder is filled."""
@@ -125,7 +125,7 @@ def test_a_box_that_is_thrown_away(
     interrupted.survived += 1
 
 
-def test_the_recipe_for_a_box_that_may_vanish(
+def test_the_loop_for_spot_instances_survives_a_lost_machine(
     pushing: Run, hub: LoopbackHub, expected_of_two: Expected, tmp_path: Path
 ) -> None:
     """The loop as workflow.md has it: killed with its box, and the very same line on the next one."""

@@ -234,7 +234,7 @@ def box(fault_data: Path, tmp_path: Path, hub: LoopbackHub) -> Iterator[Box]:
     made.run.kill_all()
 
 
-def test_soak(
+def test_a_restart_loop_survives_faults_for_minutes(
     box: Box, fault_data: Path, tmp_path: Path, hub: LoopbackHub, capsys: pytest.CaptureFixture
 ) -> None:
     run, end, coming = box.run, time.monotonic() + 60 * MINUTES, []
