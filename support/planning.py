@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from support.cli import UserError
-from support.gpus import GPUS
+from support.gpus import GPU, GPUS
 from support.loss import default_chunks
 
 if TYPE_CHECKING:
@@ -116,6 +116,20 @@ def all_reduce_seconds(n_bytes: float, processes: int, gigabytes_per_second: flo
     return 2 * (processes - 1) / processes * n_bytes / (LINK_EFFICIENCY * gigabytes_per_second * 1e9)
 
 
+def _find_gpu(hardware: str) -> tuple[int, GPU]:
+    """Parse "8xA100-80GB". Raises UserError, with similar names, if the table lacks the GPU."""
+    match = re.fullmatch(r"(?:(\d+)x)?(.*)", hardware)
+    known = {gpu.plan_name: gpu for gpu in GPUS}
+    count, name = int(match[1] or 1), match[2]
+    if name not in known or count < 1:
+        asked = name.replace("-", "").upper()
+        found = [other for other in known if other.replace("-", "").upper().startswith(asked)]
+        similar = [f"{count or 1}x{other}" for other in found]
+        advice = f"did you mean {' or '.join(similar)}?" if similar else f"known GPUs: {', '.join(known)}"
+        raise UserError(f"--plan {hardware}: not COUNTxGPU, such as 8xA100-80GB: {advice}")
+    return count, known[name]
+
+
 def plan(
     hardware: str,
     config: "GPTConfig",
@@ -138,16 +152,7 @@ def plan(
     largest: it is complete only when backward ends, because its matrix is also the head.
     Raises UserError on hardware that is not in the table, or too small for the model or the batch.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?(.*)", hardware)
-    known = {gpu.plan_name: gpu for gpu in GPUS}
-    count, name = int(match[1] or 1), match[2]
-    if name not in known or count < 1:
-        asked = name.replace("-", "").upper()
-        found = [other for other in known if other.replace("-", "").upper().startswith(asked)]
-        similar = [f"{count or 1}x{other}" for other in found]
-        advice = f"did you mean {' or '.join(similar)}?" if similar else f"known GPUs: {', '.join(known)}"
-        raise UserError(f"--plan {hardware}: not COUNTxGPU, such as 8xA100-80GB: {advice}")
-    gpu = known[name]
+    count, gpu = _find_gpu(hardware)
     gpus = count * nodes
     sequences, rest = divmod(total_batch_size, sequence_length * gpus)
     if rest or sequences == 0:
