@@ -288,7 +288,7 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 def _title(run: Path, values: dict) -> str:
     """Name the model, the machine and the time in training steps, if the run has recorded them."""
-    config = run_files.read_config(run if os.path.isdir(run) else run.parent)
+    config = run_files.read_config(run_files.folder_of(run))
     parts = []
     with contextlib.suppress(KeyError, TypeError):  # recorded by another program
         parts.append(f"GPT-2 with {config['parameters'] / 1e6:,.0f} million parameters")

@@ -171,7 +171,7 @@ def set_up(s: Settings, rt: Runtime) -> Run:
     # Refuse what can be refused before a long download.
     rt.run_on(rt.is_main, lambda: run_folder.check(s))
     if s.init_from == "scratch":
-        refuse_long_run(s, scratch_config(s), rt)
+        refuse_long_run(s, rt.run_on(True, lambda: scratch_config(s)), rt)
     s = dataclasses.replace(s, compile=not rt.on_any(not s.compile))  # all ranks or none
     if s.compile:
         compiler.try_out(rt)
@@ -182,7 +182,7 @@ def set_up(s: Settings, rt: Runtime) -> Run:
     if s.init_from != "scratch":  # only now do we know its size
         refuse_long_run(s, model.config, rt)
     with clock("data"):
-        data = prepare_data(s, rt, model.config.block_size)
+        data = prepare_data(s, rt, model.config)
     trainer = build_trainer(s, rt, model)
     # Claim the folder last, so that bad settings leave nothing behind.
     folder = RunFolder(s, rt, clock, hub_head)
@@ -206,10 +206,10 @@ def refuse_long_run(s: Settings, config: GPTConfig, rt: Runtime) -> None:
     hardware.refuse_long_runs_on_cpu(s.device, flops, rt)
 
 
-def prepare_data(s: Settings, rt: Runtime, block_size: int) -> Data:
+def prepare_data(s: Settings, rt: Runtime, config: GPTConfig) -> Data:
     """Fetch or build missing shards and HellaSwag examples, and open them on all ranks."""
     rt.run_on(rt.local_rank == 0, lambda: fetch_shards(s), fetches=True)
-    train, val = rt.run_on(True, lambda: open_streams(s))
+    train, val = rt.run_on(True, lambda: open_streams(s, config.vocab_size))
     if not all(rt.agree(int(each.fingerprint(), 16) >> 1) for each in (train, val)):
         raise UserError(f"--data-dir {s.data_dir}: not the same shards on every machine: copy them over")
     if not s.hellaswag_interval:
@@ -217,7 +217,7 @@ def prepare_data(s: Settings, rt: Runtime, block_size: int) -> Data:
     # After the first checkpoint a damaged HellaSwag file must not end a restart loop.
     begun = rt.on_any(s.resume and len(checkpoint.folders(s.out_dir)) > 0)
     examples, error = hellaswag.prepare(s.hellaswag_data, rt, required=not begun)
-    return Data(train, val, hellaswag.truncate_contexts(examples, block_size), error)
+    return Data(train, val, hellaswag.truncate_contexts(examples, config.block_size), error)
 
 
 def fetch_shards(s: Settings) -> None:
@@ -229,8 +229,10 @@ def fetch_shards(s: Settings) -> None:
     shards.check_complete(s.data_dir, s.num_shards)
 
 
-def open_streams(s: Settings) -> tuple[TokenStream, TokenStream]:
-    """Open the training and the validation sequences."""
+def open_streams(s: Settings, vocab_size: int) -> tuple[TokenStream, TokenStream]:
+    """Open the training and the validation sequences, for a model with so many token ids."""
+    if (n_ids := shards.vocab_size(s.data_dir)) != vocab_size:  # the manifest has only just arrived
+        raise UserError(f"--data-dir {s.data_dir}: has {n_ids} token ids: run the same command again")
     data = shards.find_shards(s.data_dir, s.num_shards)
     train = TokenStream(data["train"], s.sequence_length, s.seed, s.shuffle)
     return train, TokenStream(data["val"], s.sequence_length)

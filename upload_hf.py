@@ -133,11 +133,7 @@ def licence_and_language(s: Settings, dataset: str) -> list[str]:
 def model_card(s: Settings, step: int, files: dict[str, Path]) -> str:
     """Write the model card: results, usage, figure, recipe and samples."""
     run, repo_id = s.run, s.repo_id
-    config = (
-        json.loads((run / run_files.CONFIG).read_text(encoding="utf-8-sig"))
-        if "training_config.json" in files
-        else {}
-    )
+    config = run_files.read_config(run)
     settings, hardware = config.get("settings", {}), config.get("hardware", {})
     records = [r for r in metrics.read(run / run_files.METRICS) if r["step"] <= step]
     last = {record["kind"]: record for record in records}

@@ -9,7 +9,7 @@ from support import run_files
 
 def of_runs(runs: list[Path]) -> list[str]:
     """Name each run after its folder, or by its path if names repeat."""
-    sources = [run.parent if run.name.lower() == run_files.METRICS and run.is_file() else run for run in runs]
+    sources = [run_files.folder_of(run) for run in runs]
     sources = [source.resolve() if source.name in ("", "..") else source for source in sources]
     names = [source.stem if source.is_file() else source.name for source in sources]
     if len(set(names)) < len(names):

@@ -30,6 +30,11 @@ def read_config(out_dir: Path) -> dict[str, object]:
         return {}
 
 
+def folder_of(run: Path) -> Path:
+    """Return the folder of a run that is named by itself or by its metrics.jsonl; else the path unchanged."""
+    return run.parent if run.name.lower() == METRICS and run.is_file() else run
+
+
 def recorded_settings(out_dir: Path) -> dict[str, object]:
     """Return the settings in a run's config.json; none without a readable file."""
     return read_config(out_dir).get("settings", {})

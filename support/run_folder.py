@@ -5,7 +5,6 @@ support/run_files.py names the files in it.
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import re
@@ -253,8 +252,8 @@ def open_metrics(s: "Settings", facts: dict[str, object], steps_done: int, silen
 
 def tracked_name(out_dir: Path) -> str:
     """Name of the run in trackers: from its config.json, or a new unique one."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((out_dir / run_files.CONFIG).read_text(encoding="utf-8-sig"))["name"])
+    if name := run_files.read_config(out_dir).get("name"):
+        return str(name)
     # wandb restricts the characters of an id.
     return re.sub(r"[^A-Za-z0-9_-]", "-", f"{out_dir.resolve().name}-{uuid.uuid4().hex[:8]}")
 

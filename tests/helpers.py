@@ -1,4 +1,4 @@
-"""What several tests share: tiny shards, tiny settings, scripts run as a user runs them."""
+"""Shared by several tests: tiny shards, tiny settings, scripts run like a user runs them."""
 
 import json
 import os
@@ -41,7 +41,7 @@ TINY = {
 
 
 def torchruns_variables(world_size: int) -> dict[str, str]:
-    """What torchrun tells the first of so many processes of one machine."""
+    """The variables that torchrun sets for the first of `world_size` processes on one machine."""
     numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     return {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

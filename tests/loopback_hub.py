@@ -497,7 +497,7 @@ ROUTES = [
 
 
 def _metadata(path: str, data: bytes) -> dict[str, object]:
-    """What the Hub lists of a file: its git hash, and for an LFS file the sha256 of its contents."""
+    """Describe a file like the Hub: its git hash, and for an LFS file the sha256 of its contents."""
     oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     metadata: dict[str, object] = {"path": path, "size": len(data), "oid": oid}
     if path.endswith(LFS_SUFFIXES):

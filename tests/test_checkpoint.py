@@ -107,7 +107,7 @@ def test_checkpoints_do_not_contain_the_padding(tmp_path: Path) -> None:
 def test_training_continues_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """What is written is the state at the time of the snapshot, whatever training does meanwhile."""
+    """The checkpoint holds the state at the time of the snapshot, although training goes on."""
     model, optimizer = small_model()
     state = {"identity": {}, "scaler": {}, "seconds": {}}
     state["optimizer"] = checkpoint.optimizer_state(model, [optimizer])

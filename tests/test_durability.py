@@ -1,7 +1,7 @@
-"""What is promised to be on the disk is there: a file flushed before it gets its name, then its folder.
+"""Files are flushed before they get their names, and their folders afterwards.
 
-No machine is switched off here: a spy keeps the books of what the calls to fsync have put on the disk, and at
-every rename looks whether the books have what the new name promises.
+No machine is switched off here. A spy records what the calls to fsync have put on the disk. At every rename
+it checks that everything under the new name is on record.
 """
 
 import os
@@ -60,7 +60,7 @@ class Disk:
             self.unflushed[threading.get_ident()] = target
 
     def check(self, source: Path, target: Path) -> None:
-        """Whether everything that this rename makes visible is on the disk."""
+        """Note a problem for each file of this rename that is not on the disk yet."""
         for path in (source, *source.rglob("*")):
             status = path.stat()
             found = set(os.listdir(path)) if path.is_dir() else state_of(status)

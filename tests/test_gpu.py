@@ -1,4 +1,4 @@
-"""What only a GPU can show: precision, kernels, compilation, memory and timing, against the same on a CPU.
+"""Compare a GPU with a CPU: precision, kernels, compilation, memory and timing.
 
 Skipped without a CUDA device. With GPU_TESTS_DEVICE=cpu the tests themselves can be tried on a CPU:
 

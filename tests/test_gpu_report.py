@@ -87,7 +87,7 @@ def part(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Part:
 
 
 def noted(part: Part) -> dict[str, object]:
-    """What the part has noted, as it is on the disk; nothing of it failed."""
+    """Read the results of the part from the disk, and check that none failed."""
     results = json.loads((part.s.results / "test.json").read_text())
     assert "failed" not in json.dumps(results), results
     return results
@@ -296,6 +296,12 @@ def test_a_peer_is_compared_round_by_round() -> None:
     ]
     ours, theirs = peers.medians(rows)
     assert ours["ours_relative"] == 1 and theirs["ours_relative"] == np.median([2.0, 3.0])
+
+
+def test_a_report_without_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--tiny", "--minutes", "0"])
+    with pytest.raises(UserError, match=r"--minutes 0.0: must be above 0"):
+        gpu_report.main()
 
 
 @pytest.mark.parametrize(

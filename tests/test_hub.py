@@ -240,7 +240,7 @@ def test_hub_errors_are_retried_or_reported_in_one_line(
     tmp_path: Path, hub: LoopbackHub, folder: Path, path: str, status: int, times: int, message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """What passes is waited for; what stays is one line, and leaves no shard and no part."""
+    """Passing errors are retried; lasting ones are one line, and leave no shard and no part."""
     publish(hub, folder)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     hub.fail(path, status=status, times=times)

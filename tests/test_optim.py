@@ -170,7 +170,7 @@ def test_q_k_and_v_are_orthogonalised_separately() -> None:
 
 
 def muon_steps(saved: Path | None = None) -> dict[str, object]:
-    """What two Muon steps lead to on this process, from the state in `saved`.
+    """Do two Muon steps on this process, from the state in `saved`, and return the result.
 
     Seven matrices of 8 x 8, four of 5 x 7 or 7 x 5: two or three processes cannot share both equally.
     """

@@ -156,6 +156,10 @@ def test_the_title_names_model_machine_and_time(train: Callable[..., Path], figu
     (run / "config.json").write_text('{"settings": {}, "parameters": "many"}')
     plot_loss.plot([run], run / "a.png")
     assert figures[-1].get_suptitle() == f"{minutes:.1f} minutes of training"
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "other.txt").write_text("0 train 5\n1 train 4\n")
+    plot_loss.plot([run / "other.txt"], run / "a.png")  # a log of something else in the same folder
+    assert figures[-1].get_suptitle() == ""
 
 
 def test_validation_losses_are_points_without_a_line(tmp_path: Path, figures: list[Figure]) -> None:

@@ -129,15 +129,15 @@ def test_training_never_waits_for_the_hub(
     assert "checkpoints/step_000006/model.safetensors" in hub.repo(REPO).files
 
 
-def send(pusher: push.Pusher, record: Metrics, run: Path, step: int) -> None:
+def send(pusher: push.Pusher, opened: Metrics, run: Path, step: int) -> None:
     """Hand over a checkpoint that has been written."""
     written: Future[None] = Future()
     written.set_result(None)
-    pusher.send(record, step, checkpoint.folder_of(run, step), written)
+    pusher.send(opened, step, checkpoint.folder_of(run, step), written)
 
 
 @pytest.fixture
-def record(undisturbed: Path) -> Metrics:
+def opened(undisturbed: Path) -> Metrics:
     return Metrics(undisturbed / "metrics.jsonl", keep_until=6)
 
 
@@ -148,7 +148,7 @@ def settings_of(run: Path, **values: object) -> settings.Settings:
 
 @pytest.mark.parametrize("status", [503, 429, 412, 0])
 def test_an_outage_is_retried_and_reported_once(
-    hub: LoopbackHub, undisturbed: Path, record: Metrics, status: int, capsys: pytest.CaptureFixture
+    hub: LoopbackHub, undisturbed: Path, opened: Metrics, status: int, capsys: pytest.CaptureFixture
 ) -> None:
     """One line and one event about all attempts; afterwards the newest is sent, and no older one."""
     s = settings_of(undisturbed)
@@ -158,11 +158,11 @@ def test_an_outage_is_retried_and_reported_once(
     else:
         hub.fail("/api/", break_after=0, times=10**6)
     for step in (2, 4, 6):
-        send(pusher, record, undisturbed, step)
+        send(pusher, opened, undisturbed, step)
         before = len(hub.requests)
         wait_for(lambda: len(hub.requests) > before + 6)  # noqa: B023
     hub.faults.clear()
-    pusher.close(record)
+    pusher.close(opened)
     assert hub.repo(REPO).titles == ["initial commit", "Checkpoint after 6 steps"]
     assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [6]
     failed = events(undisturbed, "push failed")
@@ -200,7 +200,7 @@ def test_the_wait_at_the_end_is_bounded(
 
 
 def test_a_checkpoint_can_be_removed_while_it_is_sent(
-    hub: LoopbackHub, undisturbed: Path, record: Metrics, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, undisturbed: Path, opened: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import HfApi
 
@@ -212,27 +212,27 @@ def test_a_checkpoint_can_be_removed_while_it_is_sent(
     wait_for(lambda: len(hub.repo(REPO).commits) > 1)
     assert not folder.exists()
     assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [2]
-    send(pusher, record, undisturbed, 6)
-    pusher.close(record)
+    send(pusher, opened, undisturbed, 6)
+    pusher.close(opened)
     assert not events(undisturbed, "push failed")
 
 
 def test_the_newest_and_the_best_are_kept(
-    train: Train, hub: LoopbackHub, undisturbed: Path, record: Metrics
+    train: Train, hub: LoopbackHub, undisturbed: Path, opened: Metrics
 ) -> None:
     """And no more; what is there is not sent again, and both come back."""
-    record.log(2, "val", loss=1.0)
+    opened.log(2, "val", loss=1.0)
     s = settings_of(undisturbed, keep_best=True)
     pusher = push.Pusher(s, push.prepare(s), None)
     for number, told in enumerate(([2], [4, 2], [6, 2]), start=2):
-        send(pusher, record, undisturbed, told[0])
+        send(pusher, opened, undisturbed, told[0])
         wait_for(lambda: len(hub.repo(REPO).commits) == number)  # noqa: B023
         assert check_complete(hub.repo(REPO).files, undisturbed.parent) == told
     asked = [path for method, path, _ in hub.requests if "/preupload/" in path]
     n_files = len(contents(undisturbed, 6)) + 2
     assert len(asked) == 3 * n_files  # those of the new checkpoint alone
-    record.log(6, "val", loss=0.5)
-    pusher.close(record)
+    opened.log(6, "val", loss=0.5)
+    pusher.close(opened)
     assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [6]
     hub.repo(REPO).commits.pop()
     shutil.rmtree(undisturbed)
@@ -240,7 +240,7 @@ def test_the_newest_and_the_best_are_kept(
     assert [checkpoint.step_of(folder) for folder in checkpoint.folders(undisturbed)] == [6, 2]
 
 
-def test_a_push_deletes_all_older_checkpoints(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
+def test_a_push_deletes_all_older_checkpoints(hub: LoopbackHub, undisturbed: Path, opened: Metrics) -> None:
     """In the commit that adds the newest."""
     older = {}
     for step in (1, 2, 3):
@@ -250,56 +250,56 @@ def test_a_push_deletes_all_older_checkpoints(hub: LoopbackHub, undisturbed: Pat
     pusher = push.Pusher(s, push.prepare(s), None)
     with open(undisturbed / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "ki')  # a line that is being written
-    send(pusher, record, undisturbed, 6)
-    pusher.close(record)
+    send(pusher, opened, undisturbed, 6)
+    pusher.close(opened)
     assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [6]
     assert hub.repo(REPO).files["metrics.jsonl"].endswith(b"}\n")
 
 
 def test_a_commit_whose_answer_is_lost_is_recognised(
-    hub: LoopbackHub, undisturbed: Path, record: Metrics
+    hub: LoopbackHub, undisturbed: Path, opened: Metrics
 ) -> None:
     """The repository has it; the next attempt finds its own step there, and takes it for no one else's."""
     s = settings_of(undisturbed)
     pusher = push.Pusher(s, push.prepare(s), None)
     hub.fail("/commit/", break_after=0, times=2)
     for step in (4, 6):
-        send(pusher, record, undisturbed, step)
+        send(pusher, opened, undisturbed, step)
         wait_for(lambda: f"Checkpoint after {step} steps" in hub.repo(REPO).titles)  # noqa: B023
-    pusher.close(record)
+    pusher.close(opened)
     assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [6]
     assert not [e for e in events(undisturbed, "push failed") if "another machine" in e["reason"]]
 
 
-def test_a_damaged_checkpoint_replaces_nothing(hub: LoopbackHub, undisturbed: Path, record: Metrics) -> None:
+def test_a_damaged_checkpoint_replaces_nothing(hub: LoopbackHub, undisturbed: Path, opened: Metrics) -> None:
     s = settings_of(undisturbed)
     pusher = push.Pusher(s, push.prepare(s), checkpoint.folder_of(undisturbed, 4))
     wait_for(lambda: len(hub.repo(REPO).commits) == 2)
     weights = checkpoint.folder_of(undisturbed, 6) / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    send(pusher, record, undisturbed, 6)
-    pusher.close(record)
+    send(pusher, opened, undisturbed, 6)
+    pusher.close(opened)
     assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [4]
     assert "damaged" in events(undisturbed, "push failed")[0]["reason"]
 
 
 def test_the_machine_that_is_behind_stops_pushing(
-    hub: LoopbackHub, undisturbed: Path, record: Metrics
+    hub: LoopbackHub, undisturbed: Path, opened: Metrics
 ) -> None:
     """The one that is behind sends nothing more."""
     s = settings_of(undisturbed)
     pusher = push.Pusher(s, push.prepare(s), None)
     other = {name.replace("_000006", "_000008"): data for name, data in contents(undisturbed, 6).items()}
     hub.put(REPO, {**other, "metrics.jsonl": (undisturbed / "metrics.jsonl").read_bytes()})
-    send(pusher, record, undisturbed, 6)
-    pusher.close(record)
+    send(pusher, opened, undisturbed, 6)
+    pusher.close(opened)
     assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [8]
     assert "another machine has sent step 8" in events(undisturbed, "push failed")[0]["reason"]
 
 
 def test_a_concurrent_commit_is_noticed(
-    hub: LoopbackHub, undisturbed: Path, record: Metrics, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, undisturbed: Path, opened: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between looking at the repository and committing to it: nothing of that machine's is lost."""
     s = settings_of(undisturbed)
@@ -308,8 +308,8 @@ def test_a_concurrent_commit_is_noticed(
     other["metrics.jsonl"] = (undisturbed / "metrics.jsonl").read_bytes()
     late = iter([lambda: hub.put(REPO, other)])
     monkeypatch.setattr(remote, "look", lambda name: (look(name), next(late, lambda: None)())[0])
-    send(pusher, record, undisturbed, 6)
-    pusher.close(record)
+    send(pusher, opened, undisturbed, 6)
+    pusher.close(opened)
     assert check_complete(hub.repo(REPO).files, undisturbed.parent) == [8]
     reasons = [event["reason"] for event in events(undisturbed, "push failed")]
     assert any("another machine has sent step 8" in reason for reason in reasons), reasons

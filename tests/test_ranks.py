@@ -243,7 +243,7 @@ def test_all_ranks_compile_or_none(train_together: Callable, monkeypatch: pytest
     assert not tried
 
 
-def test_one_rank_that_cannot_compile_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compile_failure_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def compile_one(function: Callable) -> Callable:

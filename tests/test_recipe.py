@@ -175,7 +175,7 @@ def results(name: str, factor: float, noise: tuple[float, ...]) -> list[recipe_r
 
 
 def test_recipes_are_compared_by_seed() -> None:
-    """What a seed does to both sides takes nothing from the certainty of the comparison."""
+    """An effect of the seed that both sides share does not widen the confidence interval."""
     noise = (0.1, -0.1, 0.05)
     runs = results("reference", 1.0, noise) + results("muon", 1.6, noise)
     row = recipe_report.compare(runs, "2x64", "muon")

@@ -94,7 +94,7 @@ def services(monkeypatch: pytest.MonkeyPatch) -> list[Service]:
 
 
 def go_back(run: Path, step: int) -> None:
-    """What a kill some steps after this checkpoint leaves."""
+    """Leave the run as a kill some steps after this checkpoint would."""
     for folder in (run / "checkpoints").iterdir():
         if folder.name > f"step_{step:06d}":
             shutil.rmtree(folder)

@@ -215,6 +215,18 @@ def test_the_manifest_sets_the_vocabulary_size(train: Train, data_dir: Path) -> 
         train("other", max_steps=1)
 
 
+def test_a_vocabulary_that_arrives_with_the_shards_asks_for_a_second_start(
+    train: Train, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is built before a download, with GPT-2's vocabulary as long as there is no manifest."""
+    manifest = {**transfer_tokens_hf.manifest_of(data_dir), "vocab_size": 300}
+    monkeypatch.setattr(train_gpt2, "fetch_shards", lambda s: shards.write_manifest(s.data_dir, manifest))
+    with pytest.raises(UserError, match="has 300 token ids: run the same command again"):
+        train(max_steps=1)
+    run = train(max_steps=1)
+    assert transformers.AutoConfig.from_pretrained(run / "checkpoints" / "step_000001").vocab_size == 300
+
+
 def test_resume_starts_afresh_without_a_checkpoint(train: Train, capsys: pytest.CaptureFixture) -> None:
     run = train("a", resume=True)
     assert f"{run}: no checkpoint to resume from: starting at step 0" in capsys.readouterr().out

@@ -70,7 +70,7 @@ class Graphs:
 
 
 def saved_for_backward(forward: GraphModule, backward: GraphModule) -> list[Node]:
-    """What the forward graph keeps for the backward one beside its own inputs: each memory once."""
+    """List the tensors that forward saves for backward, without its own inputs, each memory once."""
     needed = {n.name for n in backward.graph.find_nodes(op="placeholder") if "tangents" not in n.name}
     (output,) = forward.graph.find_nodes(op="output")
     roots = {}
@@ -83,11 +83,11 @@ def saved_for_backward(forward: GraphModule, backward: GraphModule) -> list[Node
 
 
 def peak_of_backward(graph: GraphModule) -> int:
-    """Bytes alive at the peak of a compiled backward pass: what the forward pass left, and its own.
+    """Bytes alive at the peak of a compiled backward pass: saved by the forward pass, and its own.
 
-    Inductor stores what matrix products and attention read and write, what is returned, and what several
-    others need that comes from more than four stored ones; the rest it fuses into these. What is saved is
-    freed after its last use. Parameters are not counted.
+    Inductor stores the inputs and outputs of matrix products and attention, results, and tensors with several
+    users that are computed from more than four stored ones. It fuses all others into these. Saved tensors are
+    freed after their last use. Parameters are not counted.
     """
     nodes = list(graph.graph.nodes)
     stored = {_memory_of(n) for n in nodes if n.op == "placeholder" and not n.name.startswith("primals")}

@@ -236,7 +236,7 @@ def _install_files() -> None:
 
 
 def _to_host(content: object) -> object:
-    """What a file keeps of `content`: its tensors on the CPU; the copy waits for the device."""
+    """Copy `content` with its tensors on the CPU, as for a file. The copy waits for the device."""
     if isinstance(content, Tensor):
         return content.detach().cpu()
     if isinstance(content, dict):

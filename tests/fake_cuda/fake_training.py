@@ -136,13 +136,13 @@ class Training:
         return lambda model, idx, n, *args, **kwargs: generate(model, idx, min(n, 3), *args, **kwargs)
 
     def report(self) -> dict[str, object]:
-        """What was seen, as plain values."""
+        """Return the observations as plain values."""
         seen = {"step_peak": self.step_peak, "flops": self.flops, "graphs": self.graphs.report()}
         return {**self.recorder.report(), **seen}
 
 
 def describe(training: Training) -> str:
-    """What was seen, for a person to read."""
+    """Format the observations as text."""
     places = collections.Counter()
     collectives = collections.defaultdict(list)
     for e in training.recorder.entries:

@@ -1,4 +1,4 @@
-"""What a program asks of a fake CUDA device: copies, waits and collectives by line, and bytes alive.
+"""Record the calls to a fake CUDA device: copies, waits and collectives by line, and bytes alive.
 
 A Recorder is a dispatch mode: it sees every operation, before the fake device answers it.
 """
@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
         """torch.compile would otherwise not compile under this mode."""
         return True
 
-    # ------------------------------------------------------------ what the device is told
+    # ------------------------------------------------------------ calls of the fake device
 
     def begin_step(self) -> None:
         self.step, self.round = self.step + 1, 0

@@ -57,7 +57,7 @@ BETWEEN_STEPS = {
 
 
 def entries(report: Report, steps: set[int] | None = None) -> list[dict]:
-    """What was noted in a run that came to its end; with `steps`, in these, their pauses left out."""
+    """The entries of a run without errors; with `steps`, only theirs, without pauses."""
     assert "error" not in report, report["error"]
     if steps is None:
         return report["entries"]

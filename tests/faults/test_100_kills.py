@@ -87,12 +87,12 @@ class Life:
         return {**signs, "steps": lambda: self.advances() and not any(sign() for sign in signs.values())}
 
     def advances(self) -> bool:
-        """Whether the process has made a step."""
+        """True if the process has done a step."""
         record, _, steps_done, _ = self.before
         return self.record() != record and self.run.last_step() > steps_done
 
     def choose_phase(self) -> str:
-        """One that is still to come; those that come once in a life as often as they can be had."""
+        """Choose a phase that is still to come, and those that come only once whenever possible."""
         if len(list(self.data.glob("*.npy"))) < self.n_shards:
             return "fetch"
         if self.run.last_checkpoint() >= LAST - 6 and random.random() < 0.6 and not self.to_be_spared():
@@ -100,7 +100,7 @@ class Life:
         return random.choice([phase for phase in PHASES if phase not in ("fetch", "end")])
 
     def to_be_spared(self) -> bool:
-        """Whether an evaluation has been killed almost as often as it is tried before it is left out."""
+        """True if one more kill or two would make the run skip an evaluation."""
         return max(self.under_way().values(), default=0) >= attempts.MAX_DEATHS - 2
 
     def choose_step(self) -> int:

@@ -1,4 +1,4 @@
-"""What a run survives: real processes, broken at random moments, end as if nothing had happened.
+"""Runs survive faults: real processes, broken at random moments, end as if nothing had happened.
 
 `make test-faults` runs all of this and prints a table; `make test` a selection.
 """
@@ -339,7 +339,7 @@ def test_no_token_is_ever_written(run: Run, fault_data: Path) -> None:
 
 
 def test_the_undisturbed_run_is_whole(expected: Expected) -> None:
-    """What all others are held against: each step once, with finite losses that fall."""
+    """The reference for all other tests has each step once, with finite losses that fall."""
     steps = [r["step"] for r in expected if r["kind"] == "train"]
     assert steps == list(range(1, STEPS + 1))
     losses = np.array([r["loss"] for r in expected])

@@ -195,7 +195,7 @@ class Box:
         wait_until(lambda: not self.run.processes())
 
     def trains_since(self, moment: float) -> bool:
-        """Whether a step has been recorded since then (seconds of time.time())."""
+        """True if a step has been recorded since this moment (seconds of time.time())."""
         record = self.run.out / "metrics.jsonl"
         if not record.exists() or record.stat().st_mtime <= moment:
             return False
@@ -211,7 +211,7 @@ class Box:
             wait_until(lambda: self.trains_since(moment), seconds=600)  # noqa: B023
 
     def forget_history(self) -> None:
-        """What the Hub keeps of older commits would fill the memory."""
+        """Drop older commits of the Hub, which would fill the memory."""
         with self.hub.lock:
             for repo in self.hub.repos.values():
                 repo.commits[:-2] = [(sha, title, {}) for sha, title, _ in repo.commits[:-2]]
